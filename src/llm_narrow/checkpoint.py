@@ -1,0 +1,365 @@
+"""Checkpoints: write a narrowed model, prove it in a fresh process, load it again.
+
+Two layouts. *uniform*: every group of a kind keeps the same number of units and a stock config can
+say so; the folder loads with `AutoModelForCausalLM.from_pretrained` where only transformers is
+installed. *uneven*: anything else; config.json holds the sizes of before and a model type that no
+other library knows, so that opening it elsewhere fails by name, and `load` shrinks the whole
+skeleton to keep.safetensors before it reads the weights.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from . import units
+from .cache import remembered_sha256, written_whole
+from .errors import BadInput, problems
+from .families import find_groups
+from .units import Group, Keep
+from .verify import TOLERANCE, Layout, Written, verify, weight_files
+
+UNEVEN = "llm_narrow"  # the model type of an uneven folder
+KEEP = "keep.safetensors"
+KEEP_VERSION = 1
+STOCK: Any = AutoModelForCausalLM
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A folder that was proved. `difference` is relative to the largest logit."""
+
+    layout: Layout
+    model_type: str
+    difference: float
+    tolerance: float
+    files: Mapping[str, int]  # name -> bytes
+    sha256: str  # of the weights
+
+
+def save(
+    model: Any,
+    tokenizer: Any,
+    out: Path,
+    *,
+    original_config: Any,
+    groups: Sequence[Group],
+    keep: Keep,
+    files: Mapping[str, str] | None = None,
+    force: bool = False,
+    dtype: torch.dtype | None = None,
+    tokens: Tensor | None = None,
+) -> Verified:
+    """Write a model that `units.remove(model, groups, keep)` shrank, and prove the folder.
+
+    The folder appears whole and proved, or not at all. `original_config` is the config from before
+    the removal, `groups` those it had then; `files` are texts to put beside, by name; `dtype` casts
+    the weights; `tokens`, (rows, length) int64, are what the proof is made on, random ones unless
+    given. `tokenizer` may be None. Raises NotVerified, and BadInput from `written_whole`.
+    """
+    with written_whole(out, force=force) as folder:
+        written = write(model, tokenizer, folder, original_config=original_config,
+                        groups=groups, keep=keep, dtype=dtype)  # fmt: skip
+        for name, text in (files or {}).items():
+            if (folder / name).exists():
+                raise ValueError(f"{name} is a file of the checkpoint itself")
+            (folder / name).write_text(text, encoding="utf-8")
+        difference = verify(folder, written, model, tokenizer, tokens=tokens)
+    return Verified(
+        layout=written.layout,
+        model_type=written.model_type,
+        difference=difference,
+        tolerance=TOLERANCE[written.dtype],
+        files={path.name: path.stat().st_size for path in sorted(out.iterdir())},
+        sha256=weights_sha256(out),
+    )
+
+
+def write(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    original_config: Any,
+    groups: Sequence[Group],
+    keep: Keep,
+    dtype: torch.dtype | None = None,
+) -> Written:
+    """Write the files of the checkpoint into `folder`, unproved. Leaves `model` as it is."""
+    empty = [g.name for g in groups if not keep[g.name].any()]
+    if empty:
+        raise problems(str(folder), [f"{name} keeps no unit; keep at least one" for name in empty])
+    dtype = dtype or model.dtype
+    whole = _composed(getattr(model, "narrow_keep", {}), keep)
+    config = _uniform_config(original_config, groups, whole, keep)
+    layout: Layout = "uneven" if config is None else "uniform"
+    twin = _skeleton(original_config if config is None else config, dtype)
+    if layout == "uneven":
+        units.remove(twin, find_groups(twin), whole)
+    state = {name: _cast(t.detach().cpu(), dtype) for name, t in model.state_dict().items()}
+    twin.load_state_dict(state, strict=True, assign=True)
+    twin.tie_weights()
+    twin.generation_config = copy.deepcopy(model.generation_config)
+    # Names as in memory for our own loader; stock classes expect those of the original format.
+    with _no_bars():
+        twin.save_pretrained(folder, save_original_format=layout == "uniform")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if layout == "uneven":
+        _hide_type(folder / "config.json")
+    _write_keep(folder / KEEP, original_config, groups, whole, layout)
+    _write_index(folder)
+    return Written(layout, twin.config.model_type if config else UNEVEN, dtype)
+
+
+def load(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
+    """The model of a folder of either layout, in eval mode; its own dtype unless one is given.
+
+    Raises BadInput for a folder without config or weights, for a damaged file, and for a keep that
+    does not fit the config or the weights.
+    """
+    folder = Path(folder)
+    found = layout(folder)
+    weights = weight_files(folder)
+    for path in [*weights, *([folder / KEEP] if found == "uneven" else [])]:
+        _check_whole(path)
+    if found == "uniform":
+        try:
+            with _no_bars():
+                model, info = STOCK.from_pretrained(
+                    folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+                )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise BadInput(f"{folder} cannot be loaded: {_first_lines(error)}") from error
+        if wrong := info["missing_keys"] or info["mismatched_keys"]:
+            raise BadInput(f"{folder}: weights are missing or do not fit: {sorted(wrong)[:3]}")
+        return model.eval().to(device)
+    return _load_uneven(folder, weights, dtype).to(device)
+
+
+def layout(folder: Path) -> Layout:
+    """Which layout a folder has. Any folder for stock transformers counts as uniform."""
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return "uneven" if fields["model_type"] == UNEVEN else "uniform"
+    except OSError:
+        raise BadInput(f"{folder} is no checkpoint: it has no config.json.") from None
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(f"{folder}/config.json is not the config of a model.") from None
+
+
+def weights_sha256(folder: Path) -> str:
+    """The hex SHA-256 of the weights: of the file, or of the list of hashes of its parts."""
+    hashes = [remembered_sha256(path) for path in weight_files(folder)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def read_keep(path: Path) -> Keep:
+    """What a keep.safetensors decided. Raises BadInput if it is not one."""
+    _check_whole(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    if metadata.get("version") != str(KEEP_VERSION):
+        raise BadInput(
+            f"{path} has keep version {metadata.get('version')}; this llm-narrow reads version "
+            f"{KEEP_VERSION}."
+        )
+    keep: Keep = load_file(path)
+    return keep
+
+
+def _composed(earlier: Keep, keep: Keep) -> Keep:
+    """`keep` in terms of the units that the model had before it was narrowed the first time."""
+    whole = {name: stay.cpu().clone() for name, stay in keep.items()}
+    for name, before in earlier.items():
+        whole[name] = before.clone()
+        whole[name][before] = keep[name].cpu()
+    return whole
+
+
+def _uniform_config(original: Any, groups: Sequence[Group], whole: Keep, keep: Keep) -> Any | None:
+    """The config of a stock class that says what is left; None if there is none."""
+    sizes: dict[str, int] = {}
+    for g in groups:
+        left = int(keep[g.name].sum())
+        if g.config is None:
+            if left < len(whole[g.name]):
+                return None
+            continue
+        for key, per_unit in g.config:
+            if sizes.setdefault(key, per_unit * left) != per_unit * left:
+                return None
+        if queries := dict(g.config).get("num_attention_heads"):
+            # Left unsaid it is hidden_size / num_attention_heads, which is false once heads go.
+            sizes["head_dim"] = g.reads[0].block // queries
+    for kind, fields in _stock_classes(_public(original), sizes):
+        try:
+            config = AutoConfig.for_model(kind, **fields)
+            config.validate()
+        except StrictDataclassError:
+            continue
+        return config
+    return None
+
+
+def _stock_classes(
+    original: dict[str, Any], sizes: dict[str, int]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The model types, with the fields of their configs, that compute what the original does."""
+    fields = {**original, **sizes}
+    kind = fields.pop("model_type")
+    yield kind, fields
+    if kind != "llama":
+        return
+    # Llama refuses a hidden size that the number of heads does not divide; these do not.
+    fields = {key: fields[key] for key in fields if key not in ("architectures", "pretraining_tp")}
+    if not (fields.get("attention_bias") or fields.get("mlp_bias")):
+        plain = {key: fields[key] for key in fields if key not in ("attention_bias", "mlp_bias")}
+        yield "mistral", {**plain, "sliding_window": None}
+    yield "granite", {
+        **fields,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "attention_multiplier": fields["head_dim"] ** -0.5,
+    }
+
+
+def _public(config: Any) -> dict[str, Any]:
+    """The fields of a config, but for where on this machine it came from."""
+    fields: dict[str, Any] = config.to_dict()
+    fields.pop("_name_or_path", None)
+    return fields
+
+
+def _skeleton(config: Any, dtype: torch.dtype) -> Any:
+    """The stock model of a config: parameters without memory, buffers (rotary …) computed."""
+    with init_empty_weights(include_buffers=False):
+        return STOCK.from_config(copy.deepcopy(config), dtype=dtype)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+
+
+def _hide_type(path: Path) -> None:
+    """Have every other library refuse the config by its type, rather than by wrong sizes."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    # Not under the key model_type: transformers would take such a dict for the config of a part.
+    fields["narrow"] = {"of": fields["model_type"], "version": KEEP_VERSION}
+    fields["model_type"] = UNEVEN
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_keep(
+    path: Path, original: Any, groups: Sequence[Group], whole: Keep, layout: Layout
+) -> None:
+    about = {
+        g.name: {
+            "kind": g.kind,
+            "size": len(whole[g.name]),
+            "kept": int(whole[g.name].sum()),
+        }
+        for g in groups
+    }
+    metadata = {
+        "format": "llm-narrow keep",
+        "version": str(KEEP_VERSION),
+        "layout": layout,
+        "groups": json.dumps(about),
+        "original_config": json.dumps(_public(original)),
+    }
+    save_file({name: stay.contiguous() for name, stay in whole.items()}, path, metadata)
+
+
+def _write_index(folder: Path) -> None:
+    """Say which file holds the weights: some loaders (vLLM) else take every *.safetensors."""
+    path = folder / "model.safetensors.index.json"
+    if path.exists():
+        return
+    (weights,) = weight_files(folder)
+    with safe_open(weights, framework="pt") as file:
+        names = {name: weights.name for name in sorted(file.keys())}
+    index = {"metadata": {"total_size": weights.stat().st_size}, "weight_map": names}
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _load_uneven(folder: Path, weights: Sequence[Path], dtype: torch.dtype | None) -> Any:
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        fields["model_type"] = fields.pop("narrow")["of"]
+        config = AutoConfig.for_model(**fields)
+    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        raise BadInput(f"{folder}/config.json is damaged: {_first_lines(error)}") from error
+    keep = read_keep(folder / KEEP)
+    stored: Any = config.dtype
+    model = _skeleton(config, dtype or stored)
+    groups = find_groups(model)
+    wrong = [f"{name} is no group of this model" for name in keep.keys() - {g.name for g in groups}]
+    for g in groups:
+        here = keep.get(g.name)
+        if here is None:
+            wrong.append(f"{g.name} is missing")
+        elif here.shape != (g.size,) or here.dtype != torch.bool:
+            wrong.append(f"{g.name} must be {g.size} bools, is {list(here.shape)} {here.dtype}")
+    if wrong:
+        raise problems(f"{folder / KEEP} does not fit {folder}/config.json", sorted(wrong))
+    units.remove(model, groups, keep)
+    state: dict[str, Tensor] = {}
+    for path in weights:
+        state |= {name: _cast(t, model.dtype) for name, t in load_file(path).items()}
+    try:
+        absent, surplus = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        raise BadInput(f"{folder}: weights do not fit {KEEP}: {_first_lines(error)}") from error
+    if wrong := sorted({*absent} - {*model.all_tied_weights_keys}) + sorted(surplus):
+        raise BadInput(f"{folder}: weights are missing or unknown: {', '.join(wrong[:3])}.")
+    model.tie_weights()
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.narrow_keep = keep  # so that `save` can say what is left of the original
+    return model.eval()
+
+
+def _check_whole(path: Path) -> None:
+    """Refuse a safetensors file that is absent, cut short or no safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            file.keys()
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing. Take the whole folder.") from None
+    except (SafetensorError, OSError) as error:
+        raise BadInput(
+            f"{path} is damaged or cut short ({_first_lines(error)}). Copy or download it again."
+        ) from error
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep transformers from drawing progress bars of its own."""
+    switch: Any = transformers_logging
+    shown = switch.is_progress_bar_enabled()
+    switch.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            switch.enable_progress_bar()
+
+
+def _first_lines(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(error).__name__

@@ -1,0 +1,323 @@
+"""Closed-form repair: what is left is refitted to do what the whole model did on the domain.
+
+After units are gone, each matrix W that read them is replaced by the ridge solution
+
+    W' = (T A' + d W_k) (A A' + d I)^-1,        d = damping * mean diag(A A')
+
+where the columns of A are the activations of the kept units on the calibration tokens, those of T
+the outputs wanted, ' is the transpose, and W_k are the kept columns of W, so that little data
+moves W little. Least squares for what was removed is as old as Optimal Brain Surgeon (Hassibi and
+Stork 1993); what matters here is which inputs and which outputs:
+
+* `sequential` walks the layers in order. A comes from the network that is already cut up to here,
+  and T is what brings the *residual stream* back to where the whole model has it after the layer:
+  the output of the whole matrix, plus all that earlier cuts have shifted so far. Each layer then
+  mends its forerunners instead of adding to their errors. Only one layer's statistics are held,
+  so memory does not grow with depth.
+* One-shot (`sequential=False`) takes A and T of every layer from the whole model, in one pass.
+
+docs/results.md has what each of these is worth.
+"""
+
+import contextlib
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .progress import Track, silent
+from .scores import watched
+from .units import Group, Keep, Slice, remove, removed
+
+LAYER = re.compile(r"^(.*?\.\d+)\.")  # the layer that a module name lies in
+
+
+@dataclass(frozen=True)
+class RefitFacts:
+    """What was refitted. `errors` is |T - W'A|^2 / |T|^2 per reading matrix, on the calibration."""
+
+    tokens: int
+    damping: float
+    errors: dict[str, float]
+
+
+@torch.no_grad()
+def refit_and_remove(
+    model: Any,
+    groups: Sequence[Group],
+    keep: Keep,
+    batches: Sequence[Tensor],
+    *,
+    damping: float = 0.01,
+    sequential: bool = True,
+    dtype: torch.dtype | None = None,
+    track: Track = silent,
+) -> RefitFacts:
+    """Remove the units that `keep` drops, in place, and refit what read them.
+
+    `batches` are (batch, length) token ids; forward passes run in `dtype` (the model's own unless
+    given), statistics and solutions are float32.
+    """
+    tokens = sum(b.numel() for b in batches)
+    cut = [g for g in groups if not keep[g.name].all()]
+    if not cut:
+        return RefitFacts(tokens, damping, {})
+    dtype = dtype or next(model.parameters()).dtype
+    in_layers = all(LAYER.match(g.name) for g in groups)
+    steps = _layerwise if sequential and in_layers else _at_once
+    return RefitFacts(tokens, damping, steps(model, cut, keep, batches, damping, dtype, track))
+
+
+def _at_once(
+    model: Any,
+    cut: Sequence[Group],
+    keep: Keep,
+    batches: Sequence[Tensor],
+    damping: float,
+    dtype: torch.dtype,
+    track: Track,
+) -> dict[str, float]:
+    """Inputs and wanted outputs of every reader from the whole model, in one pass."""
+    whole = copy.deepcopy(model).to(dtype)
+    gone = removed(cut, keep)
+    fits = [_Fit.of(model, g, s, gone) for g in cut for s in g.reads]
+    with contextlib.ExitStack() as hooks:
+        for fit in fits:
+
+            def add(reader: Any, args: Any, out: Tensor, fit: _Fit = fit) -> None:
+                fit.add(args[0], _without_bias(reader, out))
+
+            reader = whole.get_submodule(fit.slice.module)
+            hooks.callback(reader.register_forward_hook(add).remove)
+        for batch in track(batches, "refitting"):
+            if hasattr(whole, "base_model"):
+                whole.base_model(batch.to(fits[0].kept.device), use_cache=False)
+            else:
+                whole(batch)
+    remove(model, cut, keep)
+    return {fit.slice.param: fit.write(model, damping) for fit in fits}
+
+
+def _layerwise(
+    model: Any,
+    cut: Sequence[Group],
+    keep: Keep,
+    batches: Sequence[Tensor],
+    damping: float,
+    dtype: torch.dtype,
+    track: Track,
+) -> dict[str, float]:
+    """Layer by layer: inputs from the cut network, the whole network's residual stream wanted."""
+    errors: dict[str, float] = {}
+    names = _layer_names(model, cut)
+    order, calls = _recorded(model, names, cut, batches, dtype)
+    shapes = [tuple(b.shape) for b in batches]
+    gone = removed(cut, keep)
+    ours = _entering(model, names[0], batches, dtype)  # hidden states of the cut network
+    theirs = list(ours)  # and of the whole one
+    for name in track(names, "refitting layers"):
+        here = sorted(
+            (g for g in cut if f"{g.name}.".startswith(f"{name}.")),
+            key=lambda g: order.index(g.name),
+        )
+        layer = model.get_submodule(name)
+        whole = copy.deepcopy(layer).to(dtype)
+        fits = [_Fit.of(model, g, s, gone) for g in here for s in g.reads]
+        if here:
+            remove(model, here, keep)
+        ahead: list[Tensor] = []
+        for fit in fits:
+            ahead = []
+            small = copy.deepcopy(layer).to(dtype)
+            at = fit.slice.module.removeprefix(f"{name}.")
+            for h, w, shape in zip(ours, theirs, shapes, strict=True):
+                _, y_whole, out_whole = _observed(whole, at, w, calls[name, shape])
+                a, y_small, out_small = _observed(small, at, h, calls[name, shape])
+                fit.add(
+                    a,
+                    y_whole + _drift(fit.group, w - h, out_whole - out_small, y_whole - y_small),
+                    kept_only=True,
+                )
+                ahead.append(out_whole)
+            errors[fit.slice.param] = fit.write(model, damping)
+        small = copy.deepcopy(layer).to(dtype)
+        theirs = ahead or [
+            _run(whole, w, calls[name, s]) for w, s in zip(theirs, shapes, strict=True)
+        ]
+        ours = [_run(small, h, calls[name, s]) for h, s in zip(ours, shapes, strict=True)]
+    return errors
+
+
+def _drift(group: Group, entering: Tensor, leaving: Tensor, own: Tensor) -> Tensor | float:
+    """How far the residual stream has drifted where the group's output is added to it.
+
+    Differences, whole minus cut, of the layer's input, of its output and of the group's own
+    contribution. Attention adds to what enters; the MLP adds last, so all that leaves but its own
+    part counts. Where a norm stands between reader and stream, the drift cannot be mended here.
+    """
+    if not group.added:
+        return 0.0
+    return entering if group.kind == "heads" else leaving - own
+
+
+@dataclass
+class _Fit:
+    """One reading matrix on its way from statistics to a refitted weight."""
+
+    group: Group
+    slice: Slice
+    kept: Tensor  # input positions that stay, (n,) int64
+    given: Tensor  # output positions that stay, (out,) int64
+    square: Tensor  # A A', (n, n) float32
+    cross: Tensor  # A T', (n, out) float32
+    energy: float = 0.0  # |T|^2
+
+    @classmethod
+    def of(
+        cls, model: Any, group: Group, s: Slice, gone: Mapping[tuple[str, int], Tensor]
+    ) -> "_Fit":
+        """Empty statistics for a reader of the model before anything in `gone` is removed."""
+        weight = model.get_parameter(s.param)
+
+        def staying(dim: int) -> Tensor:
+            stay = torch.ones(weight.shape[dim], dtype=torch.bool)
+            if (s.param, dim) in gone:
+                stay[gone[s.param, dim]] = False
+            return stay.nonzero().flatten().to(weight.device)
+
+        kept, given = staying(s.dim), staying(1 - s.dim)
+        zeros = torch.zeros(len(kept), len(kept) + len(given), device=weight.device)
+        square, cross = zeros.split([len(kept), len(given)], dim=1)
+        return cls(group, s, kept, given, square.contiguous(), cross.contiguous())
+
+    def add(self, activations: Tensor, wanted: Tensor, kept_only: bool = False) -> None:
+        """Add the tokens of one batch: what the reader is fed, and what it is to give."""
+        a = activations.reshape(-1, activations.shape[-1])
+        a = (a if kept_only else a.index_select(1, self.kept)).float()
+        t = wanted.reshape(-1, wanted.shape[-1]).index_select(1, self.given).float()
+        self.square.addmm_(a.T, a)
+        self.cross.addmm_(a.T, t)
+        self.energy += float(t.square().sum())
+
+    def write(self, model: Any, damping: float) -> float:
+        """Put the solution into the cut model; the share |T - W'A|^2 / |T|^2 that is left."""
+        parameter = model.get_parameter(self.slice.param)
+        weight = parameter.data if self.slice.dim == 0 else parameter.data.T  # (n, out)
+        ridge = damping * self.square.diagonal().mean().clamp_min(1e-12)
+        system = self.square + ridge * torch.eye(len(self.square), device=weight.device)
+        fitted = torch.linalg.solve(system, self.cross + ridge * weight.float())
+        weight.copy_(fitted)
+        left = self.energy - 2 * float((fitted * self.cross).sum())
+        left += float((fitted * (self.square @ fitted)).sum())
+        return max(left, 0.0) / max(self.energy, 1e-12)
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer is called with beside hidden states
+
+
+class _StopHereError(Exception):
+    """Ends a forward pass at the door of a layer."""
+
+
+def _layer_names(model: Any, cut: Sequence[Group]) -> list[str]:
+    """All layers, in order, from the first that loses a unit."""
+    touched = {m.group(1) for g in cut if (m := LAYER.match(f"{g.name}."))}
+    stack = next(iter(touched)).rpartition(".")[0]
+    names = [f"{stack}.{i}" for i in range(len(model.get_submodule(stack)))]
+    return names[min(names.index(t) for t in touched) :]
+
+
+def _recorded(
+    model: Any,
+    names: Sequence[str],
+    cut: Sequence[Group],
+    batches: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> tuple[list[str], dict[tuple[str, tuple[int, ...]], Call]]:
+    """In which order groups are read, and how each layer is called for each shape of batch.
+
+    Positions and masks depend on the layer (sliding windows) and the shape, not on the tokens.
+    """
+    order: list[str] = []
+    calls: dict[tuple[str, tuple[int, ...]], Call] = {}
+    for batch in {tuple(b.shape): b for b in batches}.values():
+        with contextlib.ExitStack() as hooks:
+            for name in names:
+
+                def record(
+                    _: Any,
+                    args: Any,
+                    kwargs: Any,
+                    key: tuple[str, Any] = (name, tuple(batch.shape)),
+                ) -> None:
+                    rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+                    calls[key] = _cast(args[1:], dtype), _cast(rest, dtype)
+
+                layer = model.get_submodule(name)
+                hook = layer.register_forward_pre_hook(record, with_kwargs=True)
+                hooks.callback(hook.remove)
+            hooks.enter_context(watched(model, cut, lambda g, s, x: order.append(g.name)))
+            _body(model, batch)
+    return order, calls
+
+
+def _entering(model: Any, name: str, batches: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The hidden states that enter a layer, (batch, length, hidden) each."""
+    found: list[Tensor] = []
+
+    def stop(_: Any, args: Any, kwargs: Any) -> None:
+        found.append((args[0] if args else kwargs["hidden_states"]).to(dtype))
+        raise _StopHereError
+
+    hook = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        for batch in batches:
+            with contextlib.suppress(_StopHereError):
+                _body(model, batch)
+    finally:
+        hook.remove()
+    return found
+
+
+def _body(model: Any, batch: Tensor) -> None:
+    model.base_model(input_ids=batch.to(next(model.parameters()).device), use_cache=False)
+
+
+def _run(layer: Any, hidden: Tensor, call: Call) -> Tensor:
+    out = layer(hidden, *call[0], **call[1])
+    result: Tensor = out[0] if isinstance(out, tuple) else out
+    return result
+
+
+def _observed(layer: Any, at: str, hidden: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a layer: what its submodule `at` is fed and gives (bias apart), and the output."""
+    seen: list[Tensor] = []
+
+    def look(reader: Any, args: Any, out: Tensor) -> None:
+        seen.extend((args[0], _without_bias(reader, out).view(*hidden.shape[:-1], -1)))
+
+    hook = layer.get_submodule(at).register_forward_hook(look)
+    try:
+        out = _run(layer, hidden, call)
+    finally:
+        hook.remove()
+    return seen[0], seen[1], out
+
+
+def _without_bias(reader: Any, out: Tensor) -> Tensor:
+    return out if reader.bias is None else out - reader.bias
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors in `dtype`, in whatever tuples, lists and dicts they lie."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_cast(v, dtype) for v in value)
+    if isinstance(value, dict):
+        return {k: _cast(v, dtype) for k, v in value.items()}
+    return value
