@@ -134,18 +134,18 @@ def test_refitting_a_model_in_layers_holds_one_layer_at_a_time(
     from llm_narrow import refit
 
     seen: list[tuple[str, str]] = []
-    add, write = refit._Fit.add, refit._Fit.write
+    add, write = refit.Fit.add, refit.Fit.write
 
-    def noted_add(fit: refit._Fit, *args: Tensor, **more: bool) -> None:
+    def noted_add(fit: refit.Fit, *args: Tensor, **more: bool) -> None:
         seen.append(("add", fit.slice.param))
         add(fit, *args, **more)
 
-    def noted_write(fit: refit._Fit, *args: object) -> float:
+    def noted_write(fit: refit.Fit, *args: object) -> float:
         seen.append(("write", fit.slice.param))
         return write(fit, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(refit._Fit, "add", noted_add)
-    monkeypatch.setattr(refit._Fit, "write", noted_write)
+    monkeypatch.setattr(refit.Fit, "add", noted_add)
+    monkeypatch.setattr(refit.Fit, "write", noted_write)
     model = tiny("llama")
     groups = find_groups(model)
     keep = {g.name: torch.arange(g.size) > 0 for g in groups}
@@ -157,3 +157,21 @@ def test_refitting_a_model_in_layers_holds_one_layer_at_a_time(
     ]
     assert [param for what, param in seen if what == "write"] == expected
     assert [what for what, _ in seen] == ["add", "add", "write"] * 4
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mlp"])
+def test_statistics_taken_once_serve_any_decision(kind: str) -> None:
+    from llm_narrow.refit import statistics
+
+    model = tiny(kind)
+    groups = find_groups(model)
+    known = statistics(model, groups, blocks(kind))
+    for seed in (0, 1):
+        g = torch.Generator().manual_seed(seed)
+        keep = {x.name: torch.rand(x.size, generator=g) > 0.4 for x in groups}
+        for chosen in keep.values():
+            chosen[0] = True
+        once, again = copy.deepcopy(model), copy.deepcopy(model)
+        refit_and_remove(once, groups, keep, blocks(kind), sequential=False)
+        refit_and_remove(again, groups, keep, [], known=known)
+        torch.testing.assert_close(logits(once, kind), logits(again, kind), atol=1e-3, rtol=1e-3)

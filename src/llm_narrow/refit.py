@@ -23,7 +23,7 @@ import contextlib
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,51 +55,66 @@ def refit_and_remove(
     damping: float = 0.01,
     sequential: bool = True,
     dtype: torch.dtype | None = None,
+    known: Sequence["Fit"] | None = None,
     track: Track = silent,
 ) -> RefitFacts:
     """Remove the units that `keep` drops, in place, and refit what read them.
 
     `batches` are (batch, length) token ids; forward passes run in `dtype` (the model's own unless
-    given), statistics and solutions are float32.
+    given), statistics and solutions are float32. `known` are the `statistics` of the whole model,
+    from which a one-shot refit takes no pass at all.
     """
     tokens = sum(b.numel() for b in batches)
     cut = [g for g in groups if not keep[g.name].all()]
     if not cut:
         return RefitFacts(tokens, damping, {})
     dtype = dtype or next(model.parameters()).dtype
-    in_layers = all(LAYER.match(g.name) for g in groups)
-    steps = _layerwise if sequential and in_layers else _at_once
-    return RefitFacts(tokens, damping, steps(model, cut, keep, batches, damping, dtype, track))
+    if sequential and known is None and all(LAYER.match(g.name) for g in groups):
+        errors = _layerwise(model, cut, keep, batches, damping, dtype, track)
+    else:
+        gone = removed(cut, keep)
+        if known is None:
+            known = statistics(model, cut, batches, gone=gone, dtype=dtype, track=track)
+        names = {g.name for g in cut}
+        fits = [fit.without(gone) for fit in known if fit.group.name in names]
+        remove(model, cut, keep)
+        errors = {fit.slice.param: fit.write(model, damping) for fit in fits}
+    return RefitFacts(tokens, damping, errors)
 
 
-def _at_once(
+@torch.no_grad()
+def statistics(
     model: Any,
-    cut: Sequence[Group],
-    keep: Keep,
+    groups: Sequence[Group],
     batches: Sequence[Tensor],
-    damping: float,
-    dtype: torch.dtype,
-    track: Track,
-) -> dict[str, float]:
-    """Inputs and wanted outputs of every reader from the whole model, in one pass."""
+    *,
+    gone: Mapping[tuple[str, int], Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    track: Track = silent,
+) -> list["Fit"]:
+    """What the readers of `groups` are fed and give in the whole model, in one pass.
+
+    Enough for the one-shot refit of any decision (`known` of `refit_and_remove`). It holds
+    the square of each reader's width in float32 for all layers at once; positions in `gone` are
+    left out.
+    """
+    dtype = dtype or next(model.parameters()).dtype
     whole = copy.deepcopy(model).to(dtype)
-    gone = removed(cut, keep)
-    fits = [_Fit.of(model, g, s, gone) for g in cut for s in g.reads]
+    fits = [Fit.of(model, g, s, gone or {}) for g in groups for s in g.reads]
     with contextlib.ExitStack() as hooks:
         for fit in fits:
 
-            def add(reader: Any, args: Any, out: Tensor, fit: _Fit = fit) -> None:
+            def add(reader: Any, args: Any, out: Tensor, fit: Fit = fit) -> None:
                 fit.add(args[0], _without_bias(reader, out))
 
             reader = whole.get_submodule(fit.slice.module)
             hooks.callback(reader.register_forward_hook(add).remove)
         for batch in track(batches, "refitting"):
             if hasattr(whole, "base_model"):
-                whole.base_model(batch.to(fits[0].kept.device), use_cache=False)
+                _body(whole, batch)
             else:
                 whole(batch)
-    remove(model, cut, keep)
-    return {fit.slice.param: fit.write(model, damping) for fit in fits}
+    return fits
 
 
 def _layerwise(
@@ -126,7 +141,7 @@ def _layerwise(
         )
         layer = model.get_submodule(name)
         whole = copy.deepcopy(layer).to(dtype)
-        fits = [_Fit.of(model, g, s, gone) for g in here for s in g.reads]
+        fits = [Fit.of(model, g, s, gone) for g in here for s in g.reads]
         if here:
             remove(model, here, keep)
         ahead: list[Tensor] = []
@@ -165,7 +180,7 @@ def _drift(group: Group, entering: Tensor, leaving: Tensor, own: Tensor) -> Tens
 
 
 @dataclass
-class _Fit:
+class Fit:
     """One reading matrix on its way from statistics to a refitted weight."""
 
     group: Group
@@ -179,7 +194,7 @@ class _Fit:
     @classmethod
     def of(
         cls, model: Any, group: Group, s: Slice, gone: Mapping[tuple[str, int], Tensor]
-    ) -> "_Fit":
+    ) -> "Fit":
         """Empty statistics for a reader of the model before anything in `gone` is removed."""
         weight = model.get_parameter(s.param)
 
@@ -193,6 +208,22 @@ class _Fit:
         zeros = torch.zeros(len(kept), len(kept) + len(given), device=weight.device)
         square, cross = zeros.split([len(kept), len(given)], dim=1)
         return cls(group, s, kept, given, square.contiguous(), cross.contiguous())
+
+    def without(self, gone: Mapping[tuple[str, int], Tensor]) -> "Fit":
+        """The same statistics for fewer inputs and outputs."""
+
+        def places(held: Tensor, dim: int) -> Tensor:
+            lost = gone.get((self.slice.param, dim), torch.empty(0, dtype=torch.int64))
+            return (~torch.isin(held, lost.to(held.device))).nonzero().flatten()
+
+        n, out = places(self.kept, self.slice.dim), places(self.given, 1 - self.slice.dim)
+        return replace(
+            self,
+            kept=self.kept[n],
+            given=self.given[out],
+            square=self.square[n][:, n],
+            cross=self.cross[n][:, out],
+        )
 
     def add(self, activations: Tensor, wanted: Tensor, kept_only: bool = False) -> None:
         """Add the tokens of one batch: what the reader is fed, and what it is to give."""
