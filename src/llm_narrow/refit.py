@@ -145,25 +145,29 @@ def _layerwise(
         if here:
             remove(model, here, keep)
         ahead: list[Tensor] = []
+        parts: list[tuple[Tensor, Tensor]] = []  # what the reader is fed, the layer's other output
         for fit in fits:
-            ahead = []
+            ahead, parts = [], []
             small = copy.deepcopy(layer).to(dtype)
             at = fit.slice.module.removeprefix(f"{name}.")
             for h, w, shape in zip(ours, theirs, shapes, strict=True):
                 _, y_whole, out_whole = _observed(whole, at, w, calls[name, shape])
                 a, y_small, out_small = _observed(small, at, h, calls[name, shape])
-                fit.add(
-                    a,
-                    y_whole + _drift(fit.group, w - h, out_whole - out_small, y_whole - y_small),
-                    kept_only=True,
-                )
+                drift = _drift(fit.group, w - h, out_whole - out_small, y_whole - y_small)
+                fit.add(a, y_whole + drift, kept_only=True)
                 ahead.append(out_whole)
+                if _adds_last(fit.group):
+                    parts.append((a.view(*h.shape[:-1], -1), out_small - y_small))
             errors[fit.slice.param] = fit.write(model, damping)
-        small = copy.deepcopy(layer).to(dtype)
         theirs = ahead or [
             _run(whole, w, calls[name, s]) for w, s in zip(theirs, shapes, strict=True)
         ]
-        ours = [_run(small, h, calls[name, s]) for h, s in zip(ours, shapes, strict=True)]
+        if parts:  # only the reader's own share has changed since the last pass
+            weight = fits[-1].weight(model).to(dtype)
+            ours = [rest + a @ weight for a, rest in parts]
+        else:
+            small = copy.deepcopy(layer).to(dtype)
+            ours = [_run(small, h, calls[name, s]) for h, s in zip(ours, shapes, strict=True)]
     return errors
 
 
@@ -176,7 +180,12 @@ def _drift(group: Group, entering: Tensor, leaving: Tensor, own: Tensor) -> Tens
     """
     if not group.added:
         return 0.0
-    return entering if group.kind == "heads" else leaving - own
+    return leaving - own if _adds_last(group) else entering
+
+
+def _adds_last(group: Group) -> bool:
+    """Whether nothing in the layer comes after what the group's readers add to the stream."""
+    return group.added and group.kind == "neurons"
 
 
 @dataclass
@@ -234,10 +243,14 @@ class Fit:
         self.cross.addmm_(a.T, t)
         self.energy += float(t.square().sum())
 
+    def weight(self, model: Any) -> Tensor:
+        """The reading matrix as it stands in the model, (n, out); a view."""
+        data: Tensor = model.get_parameter(self.slice.param).data
+        return data if self.slice.dim == 0 else data.T
+
     def write(self, model: Any, damping: float) -> float:
         """Put the solution into the cut model; the share |T - W'A|^2 / |T|^2 that is left."""
-        parameter = model.get_parameter(self.slice.param)
-        weight = parameter.data if self.slice.dim == 0 else parameter.data.T  # (n, out)
+        weight = self.weight(model)
         ridge = damping * self.square.diagonal().mean().clamp_min(1e-12)
         system = self.square + ridge * torch.eye(len(self.square), device=weight.device)
         fitted = torch.linalg.solve(system, self.cross + ridge * weight.float())
