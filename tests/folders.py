@@ -31,7 +31,7 @@ def write_model(folder: Path, kind: str = "llama", **changes: object) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator([sentences(99, 200)], trainer)
-    settings = {"vocab_size": 320, "max_position_embeddings": 256, **changes}
+    settings = {"vocab_size": 384, "max_position_embeddings": 256, **changes}
     tiny(kind, **settings).save_pretrained(folder)  # type: ignore[operator]
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
     return folder

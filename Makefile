@@ -1,0 +1,39 @@
+# `make demo` and `make test` need nothing but Python 3.11 or later and a network for packages.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+OUT ?= runs/demo
+
+.PHONY: demo test lint types clean
+
+demo: $(VENV)/made
+	$(BIN)/llm-narrow prune --model smollm2-135m --domain python --out $(OUT) --force
+
+test: $(VENV)/made-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/made-dev
+	$(BIN)/ruff check .
+
+types: $(VENV)/made-dev
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# The stamps are made last, so that an installation that was interrupted is done again.
+$(VENV)/made: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or later is needed, and '$(PYTHON)' is not one: make PYTHON=/path/to/python3.11" >&2; \
+	  exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (a few minutes the first time) …"
+	@$(PIP) pip setuptools
+	@$(PIP) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/made-dev: $(VENV)/made
+	@$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@

@@ -1,0 +1,119 @@
+"""Models measured side by side on the same held-out text: `bench`, and before and after a cut."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from . import inputs, measure
+from .blocks import Blocks
+from .cost import speed
+from .errors import BadInput
+from .inputs import begin
+from .models import Loaded
+from .progress import Track
+from .recipe import Recipe
+from .rows import Row
+
+PROMPT, DECODED = 512, 32  # tokens of a timed turn
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was measured of several models, one row each."""
+
+    rows: tuple[Row, ...]
+
+    def facts(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return {"rows": [row.to_dict() for row in self.rows]}
+
+
+def bench(
+    recipe: Recipe | Path | str | None = None,
+    names: Sequence[str] = (),
+    *,
+    console: Console | None = None,
+    **given: object,
+) -> Bench:
+    """Measure models by name on the same held-out text, all compared with the first."""
+    if not names:
+        raise BadInput("Give at least one model to measure.")
+    if not isinstance(recipe, Recipe):
+        given = {"model": names[0], **given}
+    recipe, console, track = begin(recipe, given, console)
+    domain = inputs.domain_of(recipe, track=track)
+    loaded: dict[str, Loaded] = {}
+    sums: list[measure.DocumentSums] = []
+    for name in names:
+        if name in loaded:
+            raise BadInput(f"{name} is named twice; name each model once.")
+        console.print(f"Measuring {name}")
+        loaded[name] = inputs.model_of(recipe, name, track=track)
+        blocks = inputs.held_out(loaded[name], domain, recipe, track=track)
+        sums.append(document_sums(loaded[name].model, blocks, recipe, track))
+    rows = [
+        row(name, one, found, domain.name, recipe, first=sums[0] if found is not sums[0] else None)
+        for (name, one), found in zip(loaded.items(), sums, strict=True)
+    ]
+    if recipe.measure.speed:
+        rows = timed(rows, {name: one.model for name, one in loaded.items()}, recipe, track)
+    return Bench(tuple(rows))
+
+
+def document_sums(model: Any, blocks: Blocks, recipe: Recipe, track: Track) -> measure.DocumentSums:
+    """What the model makes of the blocks, in the precision that the recipe runs it in."""
+    return measure.document_sums(
+        model,
+        blocks,
+        batch_size=recipe.blocks.batch_size,
+        bf16=inputs.bf16(recipe),
+        track=track,
+    )
+
+
+def row(
+    label: str,
+    loaded: Loaded,
+    sums: measure.DocumentSums,
+    domain: str,
+    recipe: Recipe,
+    *,
+    first: measure.DocumentSums | None = None,
+) -> Row:
+    """All that is measured of a model on the held-out part; `first` is what to compare with."""
+    return measure.row(
+        label,
+        loaded.model,
+        sums,
+        name=loaded.name,
+        sha256=loaded.sha256,
+        domain=domain,
+        part="held_out",
+        first=first,
+        folder=loaded.folder,
+        prompt_tokens=_prompt_tokens([loaded.model]),
+        seed=recipe.seed,
+    )
+
+
+def timed(
+    rows: Sequence[Row], by_label: Mapping[str, Any], recipe: Recipe, track: Track
+) -> list[Row]:
+    """The rows with the speeds of the models of the same labels, timed side by side."""
+    found = speed(
+        by_label,
+        prompt_tokens=_prompt_tokens(list(by_label.values())),
+        new_tokens=DECODED,
+        seed=recipe.seed,
+        track=track,
+    )
+    return [replace(row, **vars(found[row.label])) for row in rows]
+
+
+def _prompt_tokens(several: Sequence[Any]) -> int:
+    """The length of a timed prompt: that which all the models have positions for."""
+    most = [getattr(model.config, "max_position_embeddings", None) for model in several]
+    return min([PROMPT, *(max(1, int(n) - DECODED) for n in most if n is not None)])

@@ -1,0 +1,166 @@
+"""What a run starts from: the recipe, the device, the model and its groups, blocks of text."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from . import domains, models
+from . import recipe as recipes
+from .blocks import Blocks, pack
+from .domains import Domain
+from .errors import BadInput
+from .families import find_groups
+from .models import Loaded
+from .progress import Track, shown, silent
+from .recipe import Recipe
+from .scores import CRITERIA
+from .units import Group, Kind
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A loaded model, its groups (`groups` are those of the kinds that may go), and the domain."""
+
+    loaded: Loaded
+    all_groups: tuple[Group, ...]
+    groups: tuple[Group, ...]
+    domain: Domain
+    device: torch.device
+    bf16: bool  # whether forward passes run on a bfloat16 copy of the model
+
+
+def begin(
+    recipe: Recipe | Path | str | None, given: Mapping[str, object], console: Console | None
+) -> tuple[Recipe, Console, Track]:
+    """The recipe of a command, checked, from a recipe, its file, or settings by name."""
+    console = console or Console(quiet=True)
+    if isinstance(recipe, Recipe):
+        if given:
+            raise TypeError(f"give a recipe or settings, not both: {', '.join(given)}")
+        settled = recipe
+    else:
+        settled = recipes.load(recipe, given, criteria=CRITERIA)
+    return settled, console, track_on(console)
+
+
+def track_on(console: Console) -> Track:
+    """How loops are shown on the console; not at all on a quiet one."""
+    return silent if console.quiet else shown(console)
+
+
+def gather(recipe: Recipe, *, track: Track = silent) -> Inputs:
+    """Load what the recipe names.
+
+    Raises BadInput where the model has no groups of the kinds asked for.
+    """
+    device = device_of(recipe.device)
+    loaded = model_of(recipe, recipe.model.name, track=track)
+    every = tuple(find_groups(loaded.model))
+    groups = groups_of(every, recipe.prune.chosen_kinds)
+    domain = domain_of(recipe, track=track)
+    return Inputs(loaded, every, groups, domain, device, bf16(recipe))
+
+
+def device_of(name: str) -> torch.device:
+    """The device that the name stands for; `auto` is the fastest there is."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (not cuda or (device.index or 0) >= torch.cuda.device_count()):
+        raise BadInput(
+            f"Device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices. "
+            "Choose auto or cpu."
+        )
+    if device.type == "mps" and not mps:
+        raise BadInput("Device 'mps' is not there: this is no Apple GPU. Choose auto or cpu.")
+    return device
+
+
+def bf16(recipe: Recipe) -> bool:
+    """Whether forward passes should run in bfloat16 although the weights are float32."""
+    return recipe.dtype == "float32" and fast_bf16(device_of(recipe.device))
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices faster than float32 ones."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return False
+
+
+def model_of(recipe: Recipe, name: str, *, track: Track = silent) -> Loaded:
+    """A model by name, in the precision and on the device of the recipe."""
+    return models.load(
+        name,
+        dtype=getattr(torch, recipe.dtype),
+        device=str(device_of(recipe.device)),
+        revision=recipe.model.revision if name == recipe.model.name else None,
+        trust_remote_code=recipe.model.trust_remote_code,
+        track=track,
+    )
+
+
+def domain_of(recipe: Recipe, *, track: Track = silent) -> Domain:
+    """The domain that the recipe names."""
+    d = recipe.domain
+    return domains.load(
+        d.name,
+        glob=d.glob,
+        text_column=d.text_column,
+        project_column=d.project_column,
+        max_documents=d.max_documents,
+        track=track,
+    )
+
+
+def groups_of(groups: Sequence[Group], kinds: Sequence[Kind]) -> tuple[Group, ...]:
+    """Those of a model's groups that are of the given kinds. Raises BadInput if a kind has none."""
+    for kind in kinds:
+        if not any(g.kind == kind for g in groups):
+            there = ", ".join(sorted({g.kind for g in groups}))
+            raise BadInput(f"The model has no {kind} that could be removed. It has: {there}.")
+    return tuple(g for g in groups if g.kind in kinds)
+
+
+def calibration(inputs: Inputs, recipe: Recipe, *, track: Track = silent) -> Blocks:
+    """The blocks to score and refit on."""
+    blocks = _blocks(inputs.loaded, inputs.domain, "calibration", recipe, track)
+    return blocks.take(recipe.score.tokens, seed=recipe.seed)
+
+
+def held_out(loaded: Loaded, domain: Domain, recipe: Recipe, *, track: Track = silent) -> Blocks:
+    """The blocks to measure on; the same documents for every tokenizer."""
+    blocks = _blocks(loaded, domain, "held_out", recipe, track)
+    return blocks.take(recipe.measure.held_out_tokens, seed=recipe.seed)
+
+
+def _blocks(
+    loaded: Loaded, domain: Domain, part: domains.Part, recipe: Recipe, track: Track
+) -> Blocks:
+    length = recipe.blocks.length
+    most = getattr(loaded.model.config, "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise BadInput(
+            f"blocks.length must be at most {most}, the positions of {loaded.name}, got {length}. "
+            "Give a smaller --length."
+        )
+    return pack(domain, part, loaded.tokenizer, length=length, track=track)
+
+
+def prompts(loaded: Loaded, blocks: Blocks, number: int) -> list[str]:
+    """The beginnings of some blocks, from their first whole line on, for sample completions."""
+    length = min(96, blocks.tokens.shape[1] // 2)
+    found: list[str] = []
+    for tokens in blocks.tokens[:, :length]:
+        if len(found) < number and not (tokens == loaded.tokenizer.eos_token_id).any():
+            text = loaded.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+            line = text.partition("\n")[2]
+            found.append(line if line.strip() else text)
+    return [prompt for prompt in found if prompt]

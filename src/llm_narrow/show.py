@@ -1,0 +1,141 @@
+"""What the command line prints: plans, rows and listings as tables."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group, JustifyMethod, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from . import report
+from .report import percent, size, thousands
+
+if TYPE_CHECKING:
+    from .anatomy import Inspected
+    from .benchmark import Bench
+    from .domains import DomainRow
+    from .models import ModelRow
+    from .plan import Plan
+    from .rows import Row
+    from .scoring import Scored
+    from .stages import Pruned
+
+
+def plan(found: "Plan", stability: Mapping[str, float]) -> RenderableType:
+    """Units of each layer before and after, then parameters and bytes; equal layers on one line."""
+    table = _table("Plan", "layers", "kind", "units", "kept", "removed")
+    for kind in dict.fromkeys(row.kind for row in found.rows):
+        rows = [row for row in found.rows if row.kind == kind]
+        for (before, after), same in groupby(rows, key=lambda row: (row.before, row.after)):
+            names = [_layer(row.group) for row in same]
+            layers = names[0] if len(names) == 1 else f"{names[0]}-{names[-1]}"
+            removed = percent(1 - after / before)
+            table.add_row(layers, kind, thousands(before), thousands(after), removed)
+    left = f"{found.parameters_after / found.parameters_before:.1%}"
+    lines = [
+        f"parameters {thousands(found.parameters_before)} → {thousands(found.parameters_after)}"
+        f" ({left}), bytes {size(found.bytes_before)} → {size(found.bytes_after)}"
+    ]
+    lines += [
+        f"both halves of the calibration text agree on {percent(share)} of the kept {kind}"
+        for kind, share in stability.items()
+    ]
+    return Group(table, *lines)
+
+
+def pruned(result: "Pruned") -> RenderableType:
+    """The plan after a dry run; else what was measured, samples, and where it is."""
+    if result.folder is None:
+        return plan(result.plan, result.manifest["stability"])
+    texts = [
+        Panel(Text.assemble((sample["prompt"], "dim"), sample[label]), title=label)
+        for sample in result.manifest["samples"]
+        for label in ("before", "after")
+    ]
+    return Group(rows(result.rows), *texts, f"Written to {result.folder}; see report.md there.")
+
+
+def scored(result: "Scored") -> RenderableType:
+    """One line per kind of unit scored, and where the scores are."""
+    about = result.made_by
+    return (
+        f"{len(result.scores)} groups scored by {about['criterion']} on {about['tokens']} tokens: "
+        f"{result.path}"
+    )
+
+
+def bench(result: "Bench") -> RenderableType:
+    """The models side by side."""
+    return rows(result.rows)
+
+
+def rows(found: "Sequence[Row]") -> RenderableType:
+    """A column per row, a line per figure; figures that were not measured are left out."""
+    lines = report.comparison(found)[1:]
+    title = f"{found[0].domain}, {found[0].part}: {thousands(found[0].tokens)} tokens"
+    table = _table(title, "", *(row.label for row in found))
+    for name, *cells in lines:
+        if any(re.search(r"\d", cell) for cell in cells):
+            table.add_row(name, *cells)
+    return table
+
+
+def inspected(result: "Inspected") -> RenderableType:
+    """What can be removed of each kind, and what that would save."""
+    title = f"{result.name}: {result.model_type}, {thousands(result.parameters)} parameters"
+    columns = ("layers", "units", "parameters of one", "of all", "share", "even cut loads in")
+    table = _table(title, "kind", *columns)
+    for r in result.removable:
+        table.add_row(
+            r.kind,
+            str(r.groups),
+            thousands(r.units),
+            thousands(r.parameters_per_unit),
+            thousands(r.parameters),
+            percent(r.parameters / result.parameters),
+            "transformers" if r.stock else "llm_narrow",
+        )
+    rest = result.parameters - sum(r.parameters for r in result.removable)
+    return Group(table, f"{thousands(rest)} parameters belong to no unit and always stay.")
+
+
+def known_models(found: "Iterable[ModelRow]") -> RenderableType:
+    """Models by alias."""
+    table = _table("Models", "alias", "source", "parameters", "licence", "on this disk", left=4)
+    for row in found:
+        held = size(row.bytes) if row.cached else "-"
+        table.add_row(row.alias, row.source, row.parameters, row.licence, held)
+    return table
+
+
+def known_domains(found: "Iterable[DomainRow]") -> RenderableType:
+    """Domains, with what their parts hold once they are cached."""
+    columns = ("name", "source", "part", "projects", "documents", "size")
+    table = _table("Domains", *columns, left=3)
+    for row in found:
+        if not row.parts:
+            table.add_row(row.name, row.source, "not read yet", "", "", "")
+        for number, (part, held) in enumerate(row.parts.items()):
+            names = (row.name, row.source) if number == 0 else ("", "")
+            counts = (thousands(held.projects), thousands(held.documents), size(held.bytes))
+            table.add_row(*names, part, *counts)
+    return table
+
+
+def _table(title: str, *columns: str, left: int = 1) -> Table:
+    """A table whose first `left` columns are words and the others figures; nothing is cut off."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        justify: JustifyMethod = "left" if number < left else "right"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=number == 0)
+    return table
+
+
+def _layer(group: str) -> str:
+    """The layer's number in a group's name, or the name where it has none."""
+    found = re.search(r"\d+", group)
+    return found[0] if found else group

@@ -1,0 +1,133 @@
+"""The command line itself: every flag counts, the documents are right, and starting is quick."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import llm_narrow
+from commands import refused
+from llm_narrow import cli
+from llm_narrow.recipe import FLAGS, Recipe
+
+CHANGED = {
+    "--model": "other", "--domain": "other", "--revision": "v1", "--glob": "*.md",
+    "--text-column": "body", "--project-column": "repo", "--max-documents": "7",
+    "--length": "64", "--batch-size": "3", "--criterion": "fisher", "--calibration-tokens": "4096",
+    "--sparsity": "0.3", "--target-params": "60%", "--kinds": "heads", "--allocation": "global",
+    "--multiple": "64", "--damping": "0.1", "--held-out-tokens": "4096", "--samples": "3",
+    "--seed": "1", "--device": "cpu", "--dtype": "bfloat16", "--trust-remote-code": None,
+    "--no-refit": None, "--no-speed": None,
+}  # fmt: skip
+# What is about this call and no part of the recipe; each has a test of its own here.
+ABOUT_THE_CALL = {
+    "--recipe", "--out", "--force", "--dry-run", "--scores", "--json", "--quiet", "--debug"
+}  # fmt: skip
+REFUSED = {"--recover-tokens"}  # any value but the default, so far
+
+
+@pytest.fixture
+def settled(run: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The recipe that a command line comes to."""
+
+    def go(*arguments: str) -> Recipe:
+        caught: list[Recipe] = []
+
+        def stop(recipe: Recipe, *args: object, **given: object) -> None:
+            caught.append(recipe)
+            raise llm_narrow.BadInput("far enough")
+
+        for place in ("stages.prune", "stages.score", "benchmark.bench"):
+            monkeypatch.setattr(f"llm_narrow.{place}", stop)
+        done = run(*arguments)
+        assert caught, done.err
+        return caught[0]
+
+    return go
+
+
+def test_no_flag_of_prune_is_dead(settled: Any) -> None:
+    names = ["prune", "--model", "m", "--domain", "d"]
+    plain = settled(*names)
+    command = typer.main.get_command(cli.app).commands["prune"]  # type: ignore[attr-defined]
+    options = {o.opts[0] for o in command.params} - {"--help"}
+    negative = {"--refit": "--no-refit", "--speed": "--no-speed"}
+    tried = {negative.get(option, option) for option in options - ABOUT_THE_CALL - REFUSED}
+    assert tried == set(CHANGED)
+    for option, value in CHANGED.items():
+        changed = settled(*names, option, *([] if value is None else [value]))
+        assert changed != plain, option
+
+
+def test_the_flag_for_recovery_takes_0_only(run: Any, settled: Any) -> None:
+    assert settled("prune", "--model", "m", "--domain", "d", "--recover-tokens", "0")
+    refused(
+        run("prune", "--model", "m", "--domain", "d", "--recover-tokens", "5"),
+        "--recover-tokens must be 0",
+    )
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/recipes.md"])
+def test_the_commands_of_the_documents_parse(document: str, settled: Any) -> None:
+    root = Path(__file__).parent.parent
+    text = (root / document).read_text().replace("\\\n", " ")
+    commands = [line for line in text.splitlines() if line.lstrip("$ ").startswith("llm-narrow ")]
+    assert commands
+    for line in commands:
+        words = shlex.split(line.lstrip("$ "), comments=True)[1:]
+        if words[0] in ("prune", "score", "bench"):
+            words = [str(root / w) if w.startswith("recipes/") else w for w in words]
+            assert settled(*words), line
+
+
+def test_the_documented_defaults_are_those_of_the_recipe() -> None:
+    text = (Path(__file__).parent.parent / "docs/recipes.md").read_text()
+    for name, dotted in FLAGS.items():
+        line = next((t for t in text.splitlines() if f"`{dotted}`" in t), "")
+        assert f"`--{name.replace('_', '-')}" in line, dotted
+
+
+def test_debug_shows_the_traceback(prune: Any) -> None:
+    done = prune("--model", "smollm2-135n", "--debug")
+    assert done.code == 2
+    assert "Traceback" in done.err and "UnknownName" in done.err
+
+
+def test_wrong_usage_exits_with_2(run: Any) -> None:
+    for arguments in (["prune", "--modle", "x"], ["prun"], ["prune", "--seed", "x"], ["score"]):
+        done = run(*arguments)
+        assert done.code == 2, arguments
+        assert "Error: " in done.err or "Usage: " in done.err
+
+
+def test_version(run: Any) -> None:
+    assert run("--version").out == f"llm-narrow {llm_narrow.__version__}\n"
+
+
+# Imports -------------------------------------------------------------------------------------
+
+
+def test_the_public_names() -> None:
+    assert llm_narrow.__all__ == sorted(llm_narrow.__all__)
+    assert llm_narrow.__all__ == [
+        "BadInput", "Bench", "Inspected", "Loaded", "NarrowError", "Plan", "Pruned", "Recipe",
+        "Scored", "TargetOutOfReach", "UnknownName", "Unreachable", "__version__", "bench",
+        "inspect", "load", "prune", "score",
+    ]  # fmt: skip
+    assert all(getattr(llm_narrow, name) is not None for name in llm_narrow.__all__)
+    assert set(llm_narrow.__all__) <= set(dir(llm_narrow))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = llm_narrow.nothing
+
+
+def test_help_and_import_load_nothing_heavy() -> None:
+    code = (
+        "import sys, llm_narrow, llm_narrow.cli\n"
+        "found = {'torch', 'transformers', 'pydantic', 'datasets', 'numpy'} & set(sys.modules)\n"
+        "assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
