@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?= runs/demo
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types bench clean
 
 demo: $(VENV)/made
 	$(BIN)/llm-narrow prune --model smollm2-135m --domain python --out $(OUT) --force
@@ -37,3 +37,9 @@ $(VENV)/made: pyproject.toml constraints.txt
 $(VENV)/made-dev: $(VENV)/made
 	@$(PIP) --no-build-isolation -e '.[dev]'
 	@touch $@
+
+# The figures of docs/results.md. Hours on two cores; a command that was stopped goes on where it was.
+bench: $(VENV)/made-dev
+	$(BIN)/python examples/bench/criteria.py
+	$(BIN)/python examples/bench/peers.py
+	$(BIN)/python examples/bench/costs.py

@@ -163,7 +163,7 @@ def test_a_real_process_and_a_real_ctrl_c(
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert err.strip().splitlines()[-1] == "Interrupted; nothing is left half-written."
     assert "Traceback" not in err
     assert left_behind(tmp_path) == []

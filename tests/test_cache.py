@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from llm_narrow import cache
 from llm_narrow.errors import BadInput
@@ -205,3 +207,12 @@ def test_progress_counts_the_megabytes_that_a_folder_grows_by(tmp_path):
         return size is not None
 
     assert list(cache.megabytes(tmp_path, running)) == [1, 2, 3, 4]
+
+
+def test_files_get_the_rights_of_new_files_here(tmp_path):
+    with cache.written_whole(tmp_path / "run") as folder:
+        save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+    (tmp_path / "new").write_text("")
+    wanted = (tmp_path / "new").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "run").iterdir()} == {wanted}

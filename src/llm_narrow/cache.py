@@ -178,8 +178,15 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def _sync(folder: Path) -> None:
-    """Have the disk hold every file: a rename may reach it before the contents do."""
+    """Have the disk hold every file: a rename may reach it before the contents do.
+
+    Files also get the rights that new files have here: safetensors writes its own for the owner
+    alone, which a colleague or a server could not read.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
     for path in _inside(folder):
+        path.chmod(0o666 & ~mask)
         with path.open("rb") as file:
             os.fsync(file.fileno())
     _sync_folder(folder)
