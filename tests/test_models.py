@@ -275,6 +275,7 @@ def test_only_the_hub_has_revisions(folder):
 def test_loading_is_quiet_and_leaves_the_libraries_as_they_were(folder, capfd):
     from transformers.utils import logging
 
+    logging.enable_progress_bar()
     logging.set_verbosity_info()
     try:
         models.load(str(folder))

@@ -322,6 +322,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, SystemExit) as stopped:
         if isinstance(stopped, SystemExit) and stopped.code != 130:
             raise
+        # An interrupt that passed through exec(), as dataclasses use, leaves a mark in CPython
+        # that would end the process by SIGINT whatever code it exits with; a clean exec clears it.
+        exec("")
         _fail("Interrupted; nothing is left half-written.", 130, stopped, [])
 
 
