@@ -1,0 +1,154 @@
+"""The benchmark scripts: every row they promise, kept as made, taken up again, and a true table."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from llm_narrow import checkpoint
+from llm_narrow.errors import UnknownName
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "examples" / "bench"
+
+
+@pytest.fixture
+def script(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: Path, domain_folder: Path
+) -> Any:
+    """Opens a script, with the options that make it tiny, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.syspath_prepend(SCRIPTS / "peers")
+    options = ["--model", str(model_folder), "--domain", str(domain_folder), "--length", "32",
+               "--calibration-tokens", "128",
+               "--out", str(tmp_path / "docs" / "result")]  # fmt: skip
+
+    def opened(name: str, **changes: Any) -> tuple[ModuleType, list[str]]:
+        module = importlib.import_module(name)
+        for attribute, value in changes.items():
+            monkeypatch.setattr(module, attribute, value)
+        return module, options
+
+    return opened
+
+
+def written(tmp_path: Path) -> dict[str, Any]:
+    return json.loads((tmp_path / "docs" / "result.json").read_text("utf-8"))
+
+
+HALF = 2 * 24 * 3 * 32  # two layers, 24 of 48 neurons in each, three rows of 32 a neuron
+CRITERIA = ["--held-out-tokens", "128", "--check-tokens", "64", "--sparsities", "0.5,0.8"]
+
+
+def test_criteria_makes_every_row_and_a_line_for_each_choice(script: Any, tmp_path: Path) -> None:
+    criteria, options = script("criteria")
+    criteria.main([*options, *CRITERIA, "--criteria", "magnitude,wanda", "--sequential", "wanda"])
+    rows = written(tmp_path)["rows"]
+    assert [r["refit"] for r in rows].count("sequential") == 1 * 2 * 2
+    assert len(rows) == 2 * 2 * 2 * 2 + 1 * 2 * 2
+    gone = {r["parameters_before"] - r["parameters"] for r in rows if r["sparsity"] == 0.5}
+    assert gone == {HALF}
+    table = (tmp_path / "docs" / "result.md").read_text("utf-8").split("\n\n")[0].splitlines()
+    assert len(table) == 2 + 10
+    best = min(r["above"]["value"] for r in rows if r["sparsity"] == 0.8)  # the order is by this
+    assert f"**{best:+.3f} (" in table[2]
+
+
+def test_criteria_goes_on_where_it_was_stopped(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    criteria, options = script("criteria")
+    some = [*options, *CRITERIA, "--criteria", "magnitude", "--refits", "none"]
+    criteria.main(some)
+    before = written(tmp_path)["rows"]
+    kept = tmp_path / "runs" / "bench" / "result.jsonl"
+    lines = kept.read_text().splitlines()
+    kept.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:40])  # killed in the last write
+    made: list[str] = []
+    true_add = criteria.Rows.add
+    monkeypatch.setattr(
+        criteria.Rows, "add", lambda self, key, row: (made.append(key), true_add(self, key, row))
+    )
+    criteria.main(some)
+    assert made == ["magnitude global none 0.8"]
+    again = written(tmp_path)["rows"]
+    timings = ("cut_seconds", "score_seconds")
+    assert [{k: v for k, v in r.items() if k not in timings} for r in again] == [
+        {k: v for k, v in r.items() if k not in timings} for r in before
+    ]
+    criteria.main([*some, "--seed", "1"])
+    assert len(made) == 1 + 4 + ("precision" in made)  # other blocks: none of it counts
+
+
+def test_criteria_scores_heads_by_ablation_too(script: Any, tmp_path: Path) -> None:
+    criteria, options = script("criteria")
+    criteria.main([*options, "--held-out-tokens", "128", "--kind", "heads", "--sparsities", "0.5",
+                   "--criteria", "ablation", "--refits", "oneshot",
+                   "--ablation-tokens", "32", "--allocations", "uniform"])  # fmt: skip
+    (row,) = written(tmp_path)["rows"]
+    assert (row["criterion"], row["refit"]) == ("ablation", "oneshot")
+    assert "ablation" not in {
+        cell.criterion for cell in criteria.wanted(criteria.parse(options))
+    }  # a pass for every neuron is asked for by name only
+
+
+def test_criteria_refuses_an_unknown_name(script: Any) -> None:
+    criteria, options = script("criteria")
+    with pytest.raises(UnknownName, match="Did you mean 'attribution'"):
+        criteria.main([*options, "--criteria", "atribution"])
+
+
+def test_costs_compares_the_three_ways(script: Any, tmp_path: Path) -> None:
+    costs, options = script("costs", precisions_of=lambda start: ("float32",))
+    small = ["--turns", "1", "--prompt-tokens", "32", "--sparsities", "0.5"]
+    args = costs.parse([*options, *small])
+    fresh = costs.in_fresh_process(args, "float32", "scoring")
+    assert fresh["peak_bytes"] >= fresh["loaded_bytes"] > 0
+    peaks = {"scoring": 3_000_000, "full": 4_000_000, "chunked": 4_000_000}
+    script("costs", in_fresh_process=lambda args, precision, way: {
+        "peak_bytes": peaks[way], "above_model_bytes": None})  # fmt: skip
+    costs.main([*options, *small])
+    rows = {row["what"]: row for row in written(tmp_path)["rows"]}
+    assert set(rows) == {"memory", "time", "prefill"}
+    assert all(s > 0 for way in costs.WAYS for s in rows["time"]["seconds"][way])
+    speed = rows["prefill"]
+    assert speed["flop_ratio"] > 1
+    ratio = speed["prefill_ratio"]["value"] / speed["flop_ratio"]
+    assert speed["of_flop_ratio"]["value"] == pytest.approx(ratio)
+    table = (tmp_path / "docs" / "result.md").read_text("utf-8")
+    assert "| peak memory of the process, MB, float32 | 3 | 4 | 4 | 0.75 | 0.75 |" in table
+
+
+def test_peers_measures_what_a_tool_saved_and_shows_a_failure(
+    script: Any, tmp_path: Path, model_folder: Path
+) -> None:
+    peers, options = script("peers", environment=lambda python, console: sys.executable)
+    ours = peers.Setting("llm-narrow", "attribution", "no refit")
+    absent = peers.Setting("optipfair", "ppm", "not installed here")
+    script("peers", SETTINGS=[ours, absent])
+    peers.main([*options, "--held-out-tokens", "128", "--sparsities", "0.5"])
+    parameters = sum(p.numel() for p in checkpoint.load(model_folder).parameters())
+    good, bad = written(tmp_path)["rows"]
+    assert good["keep"] == 24 and good["parameters"] == parameters - HALF
+    assert good["peak_bytes"] > 0 and good["seconds"]["gradients"] >= 0
+    assert good["above"]["low"] <= good["above"]["value"] <= good["above"]["high"]
+    assert "optipfair" in bad["error"]
+    text = (tmp_path / "docs" / "result.md").read_text("utf-8")
+    assert "| optipfair, ppm | failed: ModuleNotFoundError: No module named 'optipfair'" in text
+    args = peers.parse([*options, "--held-out-tokens", "128"])
+    rows = peers.Rows(args.out, {})
+    rows.done = {peers.key(s, 0.5): r for s, r in ((ours, good), (absent, bad))}
+    assert not peers.unfinished(rows, ours, 0.5) and peers.unfinished(rows, absent, 0.5)
+
+
+def test_peers_scripts_know_every_setting(script: Any) -> None:
+    peers, _ = script("peers")
+    for setting in [*peers.SETTINGS, *peers.SLOW]:
+        assert f'"{setting.name}":' in setting.script.read_text("utf-8")
+    pinned = (SCRIPTS / "peers" / "constraints.txt").read_text("utf-8")
+    for package in ("optipfair==0.4.2", "torch-pruning==1.6.1", "torch==2.13.0"):
+        assert f"\n{package}\n" in pinned
