@@ -156,7 +156,14 @@ def test_a_real_process_and_a_real_ctrl_c(
 ) -> None:
     names = ["--model", str(model_folder), "--domain", str(domain_folder), *SMALL]
     command = [sys.executable, "-m", "llm_narrow", "prune", *names, "--out", str(tmp_path / "run")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+
+    def heed_interrupts() -> None:
+        # A job in the background of a script is started with interrupts ignored, and so are we.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    ) as process:
         deadline = time.monotonic() + 120
         while process.poll() is None and not left_behind(tmp_path):
             assert time.monotonic() < deadline
