@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from commands import SMALL
 from folders import write_model
 from hub import client_env, serve
 
@@ -197,3 +198,21 @@ def test_a_disk_that_fills_up_while_fetching_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", full)
     with pytest.raises(BadInput, match="No space left"):
         hub.download("a/b")
+
+
+def test_the_main_job_runs_on_a_hub_model_as_on_any_other(tmp_path, root, domain_folder):
+    """`llm-narrow prune --model pythia-410m --domain …`, with nothing but the hub moved."""
+    command = [sys.executable, "-m", "llm_narrow", "prune", "--model", "pythia-410m"]
+    command += ["--domain", str(domain_folder), "--out", str(tmp_path / "run"), "--json", *SMALL]
+    command += ["--sparsity", "neurons=0.5,heads=0.25"]
+    with serve(root) as url:
+        environment = {**os.environ, **client_env(url, tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["checkpoint"]["layout"] == "uneven"  # no stock gpt_neox has fewer heads
+    kept = {(row["kind"], row["before"], row["after"]) for row in result["plan"]}
+    assert kept == {("neurons", 10_000, 5_000), ("heads", 4, 3)}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "model", "manifest.json", "recipe.yaml", "report.md", "rows.jsonl", "scores.safetensors",
+    }  # fmt: skip
