@@ -10,56 +10,96 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn import functional as F
 
 CHUNK = 512  # positions whose logits exist at one time
+LEARNT = 256  # the same where their gradients exist as well, about as large again twice
+
+Loss = Callable[[Any, Tensor], Tensor]  # model, tokens (batch, length) -> sum over targets, ()
+Piece = Callable[[Tensor, slice], Tensor]  # logits (positions, vocabulary), where -> sum, ()
 
 
 def output_head(model: Any) -> Callable[[Tensor], Tensor]:
     """The map from final hidden states (…, hidden) to logits (…, vocabulary)."""
     layer = model.get_output_embeddings()
-    cap = getattr(model.config, "final_logit_softcapping", None)
 
     def head(hidden: Tensor) -> Tensor:
-        logits: Tensor = layer(hidden)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return capped(model, layer(hidden))
 
     return head
 
 
+def capped(model: Any, logits: Tensor) -> Tensor:
+    """What some architectures (Gemma) do to the logits after the output layer."""
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
 class _ChunkedLoss(torch.autograd.Function):
-    """Sum of cross-entropies over positions; each piece is differentiated going forward."""
+    """Sum of a loss over positions; each piece is differentiated going forward."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        targets: Tensor,
-        head: Callable[[Tensor], Tensor],
-        *params: Tensor,
+        ctx: Any, hidden: Tensor, model: Any, piece: Piece, names: list[str], *params: Tensor
     ) -> Tensor:
-        learned = [p for p in params if p.requires_grad]
+        device = hidden.device.type
+        layer = model.get_output_embeddings()
+        # Under autocast every piece would cast the weight anew, and its gradient back.
+        narrow = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if narrow else params[0].dtype
+        own = {
+            name: p.detach().to(dtype).requires_grad_(p.requires_grad)
+            for name, p in zip(names, params, strict=True)
+        }
+        learned = [p for p in own.values() if p.requires_grad]
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in learned]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grads = []
-        for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
-            with torch.enable_grad():
-                h = h.detach().requires_grad_()
-                loss = F.cross_entropy(head(h).float(), t, reduction="sum")
-                grad_h, *grad_p = torch.autograd.grad(loss, [h, *learned])
-            total += loss.detach()
-            grads.append(grad_h)
-            for s, g in zip(sums, grad_p, strict=True):
-                s += g
-        ctx.grad_hidden = torch.cat(grads)
-        ctx.grad_params = iter(sums)
+        grad_hidden = torch.empty_like(hidden)
+        with torch.autocast(device, enabled=False):
+            for at in _slices(len(hidden), LEARNT):
+                with torch.enable_grad():
+                    h = hidden[at].detach().to(dtype).requires_grad_()
+                    logits = capped(model, functional_call(layer, own, (h,)))
+                    loss = piece(logits, at)
+                    del logits
+                    grad_h, *grads = torch.autograd.grad(loss, [h, *learned])
+                total += loss.detach()
+                grad_hidden[at] = grad_h
+                for s, g in zip(sums, grads, strict=True):
+                    s += g
+                del loss, grads
+        ctx.grads = [grad_hidden, *sums]
         ctx.learns = [p.requires_grad for p in params]
+        ctx.dtypes = [p.dtype for p in params]
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        of_params = [next(ctx.grad_params) * grad if learns else None for learns in ctx.learns]
-        return (ctx.grad_hidden * grad, None, None, *of_params)
+        # In place and let go of, as each may be as large as the embedding: once only.
+        of_hidden = ctx.grads.pop(0).mul_(grad)
+        of_params = [
+            ctx.grads.pop(0).mul_(grad).to(dtype) if learns else None
+            for learns, dtype in zip(ctx.learns, ctx.dtypes, strict=True)
+        ]
+        return (of_hidden, None, None, None, *of_params)
+
+
+def chunked_loss(model: Any, hidden: Tensor, piece: Piece) -> Tensor:
+    """The sum of `piece` over the positions of `hidden` (positions, hidden), float32 ().
+
+    `piece` is given the logits of a few hundred positions, in the precision that they were
+    computed in, and where these are; it gives a sum over them. It is called going forward, once.
+    """
+    if not torch.is_grad_enabled():
+        head = output_head(model)
+        sums = [piece(head(hidden[at]), at) for at in _slices(len(hidden), CHUNK)]
+        return torch.stack(sums).sum()
+    named = dict(model.get_output_embeddings().named_parameters())
+    loss: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+        hidden, model, piece, list(named), *named.values()
+    )
+    return loss
 
 
 def language_loss(model: Any, tokens: Tensor) -> Tensor:
@@ -67,14 +107,19 @@ def language_loss(model: Any, tokens: Tensor) -> Tensor:
 
     `tokens` is (batch, length) int64. Equal to the plain loss on `model(tokens).logits`.
     """
-    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     targets = tokens[:, 1:].reshape(-1)
-    head = output_head(model)
-    if not torch.is_grad_enabled():
-        pieces = zip(flat.split(CHUNK), targets.split(CHUNK), strict=True)
-        losses = [F.cross_entropy(head(h).float(), t, reduction="sum") for h, t in pieces]
-        return torch.stack(losses).sum()
-    params = tuple(model.get_output_embeddings().parameters())
-    loss: Tensor = _ChunkedLoss.apply(flat, targets, head, *params)  # type: ignore[no-untyped-call]
-    return loss
+
+    def piece(logits: Tensor, at: slice) -> Tensor:
+        return F.cross_entropy(logits.float(), targets[at], reduction="sum")
+
+    return chunked_loss(model, hidden_states(model, tokens), piece)
+
+
+def hidden_states(model: Any, tokens: Tensor) -> Tensor:
+    """What the output head is given for each target, (batch * (length - 1), hidden)."""
+    hidden: Tensor = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    return hidden[:, :-1].reshape(-1, hidden.shape[-1])
+
+
+def _slices(positions: int, most: int) -> list[slice]:
+    return [slice(at, min(at + most, positions)) for at in range(0, positions, most)]
