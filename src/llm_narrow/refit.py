@@ -16,7 +16,7 @@ Stork 1993); what matters here is which inputs and which outputs:
   so memory does not grow with depth.
 * One-shot (`sequential=False`) takes A and T of every layer from the whole model, in one pass.
 
-docs/results.md has what each of these is worth.
+docs/log.md has what the choice of T was worth in first experiments.
 """
 
 import contextlib

@@ -3,7 +3,7 @@
 Notation: `a` is the activation of a unit (its part of the input of the reading matrix), `L` the
 summed loss. The first-order effect of removing a unit is the sum over tokens of a * dL/da. How
 that is summed matters more than anything else: signs that cancel over the whole data hide units
-that matter in every sequence (Michaud et al. 2025, arXiv 2505.15811, sum first; docs/results.md).
+that matter in every sequence (Michaud et al. 2025, arXiv 2505.15811, sum first).
 
 Only a few numbers per unit are ever accumulated. Weights are frozen while scoring, so that no
 weight gradient is computed or held.
@@ -22,11 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import UnknownName
-from .losses import CHUNK, language_loss
+from .losses import CHUNK, Loss, language_loss
 from .progress import Track, silent
 from .units import Group, Scores, Slice, norms
 
-Loss = Callable[[Any, Tensor], Tensor]  # (model, batch) -> loss summed over the batch, ()
 See = Callable[[Group, Slice, Tensor], Tensor | None]  # what a reader is fed -> what instead
 
 
@@ -59,13 +58,12 @@ def paper(d: Data) -> Scores:
 
 def ablation(d: Data) -> Scores:
     """The loss really added when the unit alone is silenced, in nats. Exact; a pass per unit."""
-    loss = {"sum": 0.0}
 
     def measure() -> float:
         return sum(float(d.loss(d.model, b)) for b in d.batches)
 
     with torch.inference_mode():
-        loss["sum"] = measure()
+        whole = measure()
         scores = {g.name: torch.zeros(g.size) for g in d.groups}
         todo = [(g, u) for g in d.groups for u in range(g.size)]
         for group, unit in d.track(todo, "ablating units"):
@@ -77,7 +75,7 @@ def ablation(d: Data) -> Scores:
                 )
 
             with watched(d.model, [group], silence):
-                scores[group.name][unit] = measure() - loss["sum"]
+                scores[group.name][unit] = measure() - whole
     return scores
 
 
