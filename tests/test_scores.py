@@ -39,7 +39,8 @@ def loss_of(kind: str) -> scores.Loss:
 def test_the_chunked_loss_and_its_gradients_are_those_of_the_whole_logits(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm_narrow.losses.CHUNK", 5)  # several pieces, the last one smaller
+    for name in ("CHUNK", "FROZEN"):  # several pieces, the last one smaller
+        monkeypatch.setattr(f"llm_narrow.losses.{name}", 5)
     a, b = tiny(kind), tiny(kind)
     tokens = batch(kind)
     ours, plain = language_loss(a, tokens), plain_loss(b, tokens)

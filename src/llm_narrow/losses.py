@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 CHUNK = 512  # positions whose logits exist at one time
 LEARNT = 256  # the same where their gradients exist as well, about as large again twice
+FROZEN = 128  # the same where the head learns nothing: no gradient as large as it is summed up
 
 Loss = Callable[[Any, Tensor], Tensor]  # model, tokens (batch, length) -> sum over targets, ()
 Piece = Callable[[Tensor, slice], Tensor]  # logits (positions, vocabulary), where -> sum, ()
@@ -57,7 +58,8 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
         with torch.autocast(device, enabled=False):
-            for at in _slices(len(hidden), LEARNT):
+            # Few positions cost time only where each piece adds a gradient of the head.
+            for at in _slices(len(hidden), LEARNT if learned else FROZEN):
                 with torch.enable_grad():
                     h = hidden[at].detach().to(dtype).requires_grad_()
                     logits = capped(model, functional_call(layer, own, (h,)))
