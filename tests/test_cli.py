@@ -10,7 +10,6 @@ import pytest
 import typer
 
 import llm_narrow
-from commands import refused
 from llm_narrow import cli
 from llm_narrow.recipe import FLAGS, Recipe
 
@@ -22,12 +21,19 @@ CHANGED = {
     "--multiple": "64", "--damping": "0.1", "--held-out-tokens": "4096", "--samples": "3",
     "--seed": "1", "--device": "cpu", "--dtype": "bfloat16", "--trust-remote-code": None,
     "--no-refit": None, "--no-speed": None,
+    "--method": "lasso", "--lasso-tokens": "4k", "--lasso-lr": "1e-3", "--control": "timetable",
+    "--strength": "2", "--weights": "one",
+    "--no-fill": None, "--recover-tokens": "1M", "--recover-method": "lora", "--lora-rank": "2",
+    "--lr": "1e-3", "--distill": "none", "--teacher": "other", "--temperature": "2",
+    "--mix": "0.5", "--top-k": "8", "--schedule": "constant", "--warmup": "0.1",
+    "--accumulation": "2", "--clip": "2", "--weight-decay": "0.1", "--checkpointing": None,
+    "--sharded": None, "--validation-tokens": "4k", "--evaluate-every": "7",
+    "--save-every-minutes": "1", "--trackers": "tensorboard",
 }  # fmt: skip
 # What is about this call and no part of the recipe; each has a test of its own here.
 ABOUT_THE_CALL = {
     "--recipe", "--out", "--force", "--dry-run", "--scores", "--json", "--quiet", "--debug"
 }  # fmt: skip
-REFUSED = {"--recover-tokens"}  # any value but the default, so far
 
 
 @pytest.fixture
@@ -41,7 +47,7 @@ def settled(run: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
             caught.append(recipe)
             raise llm_narrow.BadInput("far enough")
 
-        for place in ("stages.prune", "stages.score", "benchmark.bench"):
+        for place in ("stages.prune", "stages.score", "benchmark.bench", "recovery.recover"):
             monkeypatch.setattr(f"llm_narrow.{place}", stop)
         done = run(*arguments)
         assert caught, done.err
@@ -55,20 +61,14 @@ def test_no_flag_of_prune_is_dead(settled: Any) -> None:
     plain = settled(*names)
     command = typer.main.get_command(cli.app).commands["prune"]  # type: ignore[attr-defined]
     options = {o.opts[0] for o in command.params} - {"--help"}
-    negative = {"--refit": "--no-refit", "--speed": "--no-speed"}
-    tried = {negative.get(option, option) for option in options - ABOUT_THE_CALL - REFUSED}
-    assert tried == set(CHANGED)
+    negative = {"--refit": "--no-refit", "--speed": "--no-speed", "--fill": "--no-fill"}
+    tried = {negative.get(option, option) for option in options - ABOUT_THE_CALL}
+    assert tried == {*CHANGED, "--step", "--penalty"}
     for option, value in CHANGED.items():
         changed = settled(*names, option, *([] if value is None else [value]))
         assert changed != plain, option
-
-
-def test_the_flag_for_recovery_takes_0_only(run: Any, settled: Any) -> None:
-    assert settled("prune", "--model", "m", "--domain", "d", "--recover-tokens", "0")
-    refused(
-        run("prune", "--model", "m", "--domain", "d", "--recover-tokens", "5"),
-        "--recover-tokens must be 0",
-    )
+    paper = settled(*names, "--step", "gradient", "--control", "loss", "--penalty", "hoyer")
+    assert (paper.lasso.step, paper.lasso.penalty) == ("gradient", "hoyer")
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/recipes.md"])

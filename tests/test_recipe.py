@@ -72,7 +72,13 @@ def test_kinds_are_those_of_units() -> None:
         ({"device": "gpu"}, "--device must be auto, cpu, mps, cuda or cuda:N, got 'gpu'"),
         ({"multiple": 0}, "--multiple must be a whole number of at least 1, got 0"),
         ({"damping": 0.0}, "--damping must be a number above 0"),
-        ({"recover_tokens": 1000}, "--recover-tokens must be 0: this version removes and refits"),
+        ({"recover_tokens": -1}, "--recover-tokens must be a whole number of at least 0 tokens"),
+        ({"recover_tokens": "many"}, "got 'many'"),
+        ({"strength": -0.1}, "--strength must be a number of at least 0, got -0.1"),
+        ({"penalty": "hoyer"}, "--penalty hoyer has no proximal step"),
+        ({"step": "gradient"}, "lasso.control target needs exact zeros"),
+        ({"recover_tokens": 512, "dtype": "bfloat16"}, "--dtype must be float32 for training"),
+        ({"method": "laso"}, "Did you mean 'lasso'?"),
         ({"calibration_tokens": 512}, "--calibration-tokens must be at least 1024 (2 x blocks"),
         ({"held_out_tokens": 100}, "--held-out-tokens must be at least 512 (1 x blocks"),
         ({"length": 4}, "--length must be a whole number of at least 8"),
@@ -108,9 +114,9 @@ def test_all_problems_of_a_file_at_once(tmp_path: Path) -> None:
         "  prune.sparsity must be at least 0 and below 1, or such a number for each kind "
         "(neurons, heads), got 1.5",
         "  key of prune 'sparcity' is unknown. Did you mean 'sparsity'? Known: allocation, "
-        "damping, kinds, multiple, refit, sparsity, target_params.",
+        "damping, kinds, method, multiple, refit, sparsity, target_params.",
         "  key 'sed' is unknown. Did you mean 'seed'? Known: blocks, device, domain, dtype, "
-        "measure, model, prune, recover, score, seed.",
+        "lasso, measure, model, prune, recover, score, seed, train.",
         "  score.criterion 'atribution' is unknown. Did you mean 'attribution'? "
         "Known: attribution.",
     ]

@@ -61,7 +61,7 @@ class Blocks:
                 f"blocks of {length}. Ask for fewer tokens or give more data."
             )
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-        return self._only(order[:wanted])
+        return self.only(order[:wanted])
 
     def halves(self) -> tuple["Blocks", "Blocks"]:
         """Every other block, and the rest. Raises BadInput where there is only one block."""
@@ -71,7 +71,7 @@ class Blocks:
                 f"Two halves need at least 2 blocks of {length} tokens, got {count}. "
                 "Ask for more tokens or shorter blocks."
             )
-        return self._only(torch.arange(0, count, 2)), self._only(torch.arange(1, count, 2))
+        return self.only(torch.arange(0, count, 2)), self.only(torch.arange(1, count, 2))
 
     def batches(self, size: int) -> Sequence[Tensor]:
         """The token ids in order, as int64 tensors of (size, length); the last may be smaller."""
@@ -79,7 +79,8 @@ class Blocks:
             self.tokens[start : start + size].long() for start in range(0, len(self.tokens), size)
         ]
 
-    def _only(self, blocks: Tensor) -> "Blocks":
+    def only(self, blocks: Tensor) -> "Blocks":
+        """The blocks at the given places, (n,) int64."""
         tokens = self.tokens[blocks]
         return Blocks(tokens, self.sizes[blocks], self.documents[blocks], _hash(tokens))
 

@@ -3,16 +3,18 @@
 The result of a command goes to stdout, as tables or (`--json`) as JSON; everything else goes to
 stderr. Heavy imports are inside the commands, so that `--help` is instant.
 
-Exit codes: 0 done, 2 bad input or usage (one red line; `--debug` for the traceback), 130 Ctrl-C.
+Exit codes: 0 done, 2 bad input or usage (one red line; `--debug` for the traceback), 130 Ctrl-C,
+143 terminated.
 """
 
 import errno
 import json as json_text
 import os
 import shlex
+import signal
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -21,11 +23,28 @@ import typer
 
 from . import __doc__ as about
 from .errors import NarrowError
+from .options import (
+    LASSO,
+    MACHINE,
+    MEASUREMENT,
+    ORIGIN,
+    RECOVERY,
+    REFIT,
+    SCORING,
+    SIZE,
+    SOURCE,
+    TEXT,
+    TRAINING,
+    Given,
+    taking,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from .recipe import Recipe
+
+TERMINATED = 143  # 128 + SIGTERM, as shells have it
 
 app = typer.Typer(
     help=(about or "").splitlines()[0],
@@ -36,45 +55,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ModelName = Annotated[
-    str | None,
-    typer.Option("--model", help="An alias (see `models`), a hub id, a folder or a .gguf file."),
-]
-DomainName = Annotated[
-    str | None,
-    typer.Option(
-        "--domain", help="A known domain (see `domains`), a folder, a file or a hub data set."
-    ),
-]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="A YAML recipe; flags are laid over it.")
 ]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
-Trust = Annotated[
-    bool | None,
-    typer.Option("--trust-remote-code", help="Run code that the model brings."),
-]
-Glob = Annotated[
-    str | None, typer.Option(help="Which files of a folder, e.g. '**/*.rs'.", metavar="PATTERN")
-]
-TextColumn = Annotated[str | None, typer.Option(help="The column that holds the text.")]
-ProjectColumn = Annotated[
-    str | None, typer.Option(help="The column that says which project a text is of.")
-]
-MaxDocuments = Annotated[int | None, typer.Option(help="Read at most so many documents.")]
-Length = Annotated[int | None, typer.Option(help="Tokens of a block.")]
-BatchSize = Annotated[int | None, typer.Option(help="Blocks fed to the model at once.")]
-Criterion = Annotated[str | None, typer.Option(help="How units are scored.")]
-CalibrationTokens = Annotated[int | None, typer.Option(help="Tokens to score and refit on.")]
-Kinds = Annotated[str | None, typer.Option(help="What may go: neurons, heads.")]
-HeldOutTokens = Annotated[int | None, typer.Option(help="Tokens to measure on.")]
-Speed = Annotated[
-    bool | None,
-    typer.Option("--speed/--no-speed", help="Measure tokens/s."),
-]
-Seed = Annotated[int | None, typer.Option(help="Seed of every choice.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16.")]
 AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only the result.")]
 Debug = Annotated[bool, typer.Option("--debug", help="A traceback with errors.")]
@@ -98,21 +81,20 @@ def _top(
     pass
 
 
+PRUNE = (*SOURCE, *SIZE, *TEXT, *ORIGIN, *SCORING, *REFIT)
+
+
 @app.command()
+@taking(
+    *PRUNE, "method", *LASSO, "fill", "recover_tokens", *RECOVERY, *TRAINING, *MEASUREMENT,
+    "samples", *MACHINE,
+)  # fmt: skip
 def prune(
     context: typer.Context,
-    model: ModelName = None,
-    domain: DomainName = None,
+    given: Given,
     recipe: RecipeFile = None,
     out: Annotated[
         Path | None, typer.Option(help="The run folder; runs/MODEL-DOMAIN-SIZE unless given.")
-    ] = None,
-    sparsity: Annotated[
-        str | None,
-        typer.Option(help="Share to remove: 0.5 (the default), or e.g. neurons=0.5,heads=0.2."),
-    ] = None,
-    target_params: Annotated[
-        str | None, typer.Option(help="Parameters to keep instead: 60%, 90M or a number.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Score, print the plan, and stop.")
@@ -120,43 +102,13 @@ def prune(
     scores: Annotated[
         Path | None, typer.Option(help="Use the scores of this file (see `score`).")
     ] = None,
-    glob: Glob = None,
-    text_column: TextColumn = None,
-    project_column: ProjectColumn = None,
-    max_documents: MaxDocuments = None,
-    revision: Revision = None,
-    trust_remote_code: Trust = None,
-    criterion: Criterion = None,
-    calibration_tokens: CalibrationTokens = None,
-    kinds: Kinds = None,
-    allocation: Annotated[
-        str | None,
-        typer.Option(help="uniform (same in every layer) or global."),
-    ] = None,
-    multiple: Annotated[int | None, typer.Option(help="Widths are multiples of it.")] = None,
-    refit: Annotated[
-        bool | None,
-        typer.Option("--refit/--no-refit", help="Repair what is left."),
-    ] = None,
-    damping: Annotated[float | None, typer.Option(help="How strongly refit stays put.")] = None,
-    recover_tokens: Annotated[
-        int | None, typer.Option(help="Tokens to train on afterwards.")
-    ] = None,
-    length: Length = None,
-    batch_size: BatchSize = None,
-    held_out_tokens: HeldOutTokens = None,
-    speed: Speed = None,
-    samples: Annotated[int | None, typer.Option(help="Completions to show.")] = None,
-    seed: Seed = None,
-    device: Device = None,
-    dtype: Dtype = None,
     force: Force = False,
     json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Remove what the domain does not need, refit the rest, and prove it on held-out text."""
-    settled = _recipe(recipe, locals())
+    """Remove what the domain does not need, repair the rest, and prove it on held-out text."""
+    settled = _recipe(recipe, given)
     from . import show, stages
 
     result = stages.prune(
@@ -165,39 +117,99 @@ def prune(
         force=force,
         dry_run=dry_run,
         scores=scores,
-        command=shlex.join(["llm-narrow", *context.obj]),
+        command=_line(context),
         console=_console(quiet),
     )
     _print(json, result.facts(), show.pruned(result))
 
 
 @app.command()
-def score(
-    out: Annotated[Path, typer.Option(help="The score file to write, .safetensors.")],
-    model: ModelName = None,
-    domain: DomainName = None,
+@taking(
+    *SOURCE, "sparsity", "target_params", "allocation", "multiple", *TEXT, *ORIGIN, *SCORING,
+    *LASSO, *TRAINING, *MEASUREMENT, "samples", *MACHINE,
+)  # fmt: skip
+def regularize(
+    context: typer.Context,
+    given: Given,
     recipe: RecipeFile = None,
-    glob: Glob = None,
-    text_column: TextColumn = None,
-    project_column: ProjectColumn = None,
-    max_documents: MaxDocuments = None,
-    revision: Revision = None,
-    trust_remote_code: Trust = None,
-    criterion: Criterion = None,
-    calibration_tokens: CalibrationTokens = None,
-    kinds: Kinds = None,
-    length: Length = None,
-    batch_size: BatchSize = None,
-    seed: Seed = None,
-    device: Device = None,
-    dtype: Dtype = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder; runs/MODEL-DOMAIN-SIZE unless given.")
+    ] = None,
+    force: Force = False,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Draw units to zero by training, and take out those that are zero, which changes nothing."""
+    only = {"method": "lasso", "fill": False, "refit": False, "recover_tokens": 0}
+    settled = _recipe(recipe, {**given, **only})
+    from . import show, stages
+
+    result = stages.prune(
+        settled, out=out, force=force, command=_line(context), console=_console(quiet)
+    )
+    _print(json, result.facts(), show.pruned(result))
+
+
+@app.command()
+@taking("domain", *TEXT, *ORIGIN, *RECOVERY, *TRAINING, *MEASUREMENT, "samples", *MACHINE)
+def recover(
+    context: typer.Context,
+    given: Given,
+    model: Annotated[str, typer.Argument(help="A run folder, an alias, a hub id, a folder…")],
+    tokens: Annotated[str, typer.Option(help="Tokens to train on, e.g. 200k.", metavar="TOKENS")],
+    out: Annotated[Path, typer.Option(help="The run folder to write.")],
+    recipe: RecipeFile = None,
+    force: Force = False,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train a narrowed model on its domain; settings not given are those of its run."""
+    from . import recovery
+
+    file, own = recovery.origin(model)
+    asked = {name: value for name, value in given.items() if value is not None}
+    settled = _recipe(
+        recipe or file,
+        {**own, **asked, "model": model, "recover_tokens": tokens},
+        lambda name: "--tokens" if name == "recover_tokens" else _flag(name),
+    )
+    from . import show
+
+    result = recovery.recover(
+        settled, out=out, force=force, command=_line(context), console=_console(quiet)
+    )
+    _print(json, result.facts(), show.pruned(result))
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(help="The run folder that --out named.")],
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Go on with a run that was stopped, to the result that it would have had."""
+    from . import recovery, show
+
+    result = recovery.resume(run, console=_console(quiet))
+    _print(json, result.facts(), show.pruned(result))
+
+
+@app.command()
+@taking(*SOURCE, *TEXT, *ORIGIN, *SCORING, *MACHINE)
+def score(
+    given: Given,
+    out: Annotated[Path, typer.Option(help="The score file to write, .safetensors.")],
+    recipe: RecipeFile = None,
     force: Force = False,
     json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Score the units once; `prune --scores FILE` then cuts to any size in seconds."""
-    settled = _recipe(recipe, locals())
+    settled = _recipe(recipe, given)
     from . import show, stages
 
     result = stages.score(settled, out=out, force=force, console=_console(quiet))
@@ -205,28 +217,17 @@ def score(
 
 
 @app.command()
+@taking("domain", *TEXT, "trust_remote_code", *MEASUREMENT, *MACHINE)
 def bench(
+    given: Given,
     models: Annotated[list[str], typer.Argument(help="Run folders, aliases, hub ids, folders…")],
-    domain: DomainName = None,
     recipe: RecipeFile = None,
-    glob: Glob = None,
-    text_column: TextColumn = None,
-    project_column: ProjectColumn = None,
-    max_documents: MaxDocuments = None,
-    trust_remote_code: Trust = None,
-    length: Length = None,
-    batch_size: BatchSize = None,
-    held_out_tokens: HeldOutTokens = None,
-    speed: Speed = None,
-    seed: Seed = None,
-    device: Device = None,
-    dtype: Dtype = None,
     json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Measure models side by side on the same held-out text."""
-    settled = _recipe(recipe, {**locals(), "model": models[0]})
+    settled = _recipe(recipe, {**given, "model": models[0]})
     from . import benchmark, show
 
     result = benchmark.bench(settled, models, console=_console(quiet))
@@ -234,10 +235,10 @@ def bench(
 
 
 @app.command()
+@taking(*ORIGIN)
 def inspect(
+    given: Given,
     model: Annotated[str, typer.Argument(help="An alias, a hub id, a folder or a .gguf file.")],
-    revision: Revision = None,
-    trust_remote_code: Trust = None,
     json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -245,10 +246,11 @@ def inspect(
     """Show what a model is made of, what can be removed, and what that would save."""
     from . import anatomy, show
 
+    revision = given["revision"]
     result = anatomy.inspect(
         model,
-        revision=revision,
-        trust_remote_code=bool(trust_remote_code),
+        revision=None if revision is None else str(revision),
+        trust_remote_code=bool(given["trust_remote_code"]),
         console=_console(quiet),
     )
     _print(json, result.facts(), show.inspected(result))
@@ -274,13 +276,19 @@ def domains(json: AsJson = False, debug: Debug = False) -> None:
     _print(json, {"domains": [asdict(row) for row in rows]}, show.known_domains(rows))
 
 
-def _recipe(file: Path | None, values: Mapping[str, object]) -> "Recipe":
+def _recipe(
+    file: Path | None, given: Given, spell: Callable[[str], str] = lambda name: _flag(name)
+) -> "Recipe":
     """The recipe of `file` with the flags that were given laid over it."""
     from . import recipe
     from .scores import CRITERIA
 
-    given = {name: value for name, value in values.items() if name in recipe.FLAGS}
-    return recipe.load(file, given, criteria=CRITERIA, spell=_flag)
+    return recipe.load(file, given, criteria=CRITERIA, spell=spell)
+
+
+def _line(context: typer.Context) -> str:
+    """The command as it was typed."""
+    return shlex.join(["llm-narrow", *context.obj])
 
 
 def _flag(name: str) -> str:
@@ -310,6 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; always ends with SystemExit."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, _stopped)
     try:
         app(args=arguments, prog_name="llm-narrow", obj=arguments)
     except NarrowError as error:
@@ -320,12 +329,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         place = f" ({error.filename})" if error.filename else ""
         _fail(f"{error.strerror}{place}. Make room or choose another place.", 2, error, arguments)
     except (KeyboardInterrupt, SystemExit) as stopped:
-        if isinstance(stopped, SystemExit) and stopped.code != 130:
+        if isinstance(stopped, SystemExit) and stopped.code not in (130, TERMINATED):
             raise
         # An interrupt that passed through exec(), as dataclasses use, leaves a mark in CPython
         # that would end the process by SIGINT whatever code it exits with; a clean exec clears it.
         exec("")
-        _fail("Interrupted; nothing is left half-written.", 130, stopped, [])
+        code = TERMINATED if isinstance(stopped, SystemExit) and stopped.code != 130 else 130
+        _fail("Interrupted; nothing is left half-written.", code, stopped, [])
+
+
+def _stopped(number: int, frame: object) -> NoReturn:
+    """End as an interrupt does, so that what is half-written goes."""
+    raise SystemExit(TERMINATED)
 
 
 def _fail(message: str, code: int, error: BaseException, arguments: Sequence[str]) -> NoReturn:
@@ -335,5 +350,6 @@ def _fail(message: str, code: int, error: BaseException, arguments: Sequence[str
     from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True).print(Text(message, style="red"), soft_wrap=True)
+    whole = "\n".join([message, *getattr(error, "__notes__", [])])
+    Console(stderr=True).print(Text(whole, style="red"), soft_wrap=True)
     raise SystemExit(code) from None

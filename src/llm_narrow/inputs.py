@@ -131,19 +131,20 @@ def groups_of(groups: Sequence[Group], kinds: Sequence[Kind]) -> tuple[Group, ..
 
 def calibration(inputs: Inputs, recipe: Recipe, *, track: Track = silent) -> Blocks:
     """The blocks to score and refit on."""
-    blocks = _blocks(inputs.loaded, inputs.domain, "calibration", recipe, track)
+    blocks = blocks_of(inputs.loaded, inputs.domain, "calibration", recipe, track=track)
     return blocks.take(recipe.score.tokens, seed=recipe.seed)
 
 
 def held_out(loaded: Loaded, domain: Domain, recipe: Recipe, *, track: Track = silent) -> Blocks:
     """The blocks to measure on; the same documents for every tokenizer."""
-    blocks = _blocks(loaded, domain, "held_out", recipe, track)
+    blocks = blocks_of(loaded, domain, "held_out", recipe, track=track)
     return blocks.take(recipe.measure.held_out_tokens, seed=recipe.seed)
 
 
-def _blocks(
-    loaded: Loaded, domain: Domain, part: domains.Part, recipe: Recipe, track: Track
+def blocks_of(
+    loaded: Loaded, domain: Domain, part: domains.Part, recipe: Recipe, *, track: Track = silent
 ) -> Blocks:
+    """All blocks of a part. Raises BadInput if they are longer than the model can read."""
     length = recipe.blocks.length
     most = getattr(loaded.model.config, "max_position_embeddings", None)
     if most is not None and length > most:

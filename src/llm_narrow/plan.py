@@ -40,6 +40,14 @@ class Plan:
             PlanRow(g.name, g.kind, g.size, int(self.keep[g.name].sum())) for g in self.groups
         )
 
+    def sparsity(self, kinds: Sequence[Kind]) -> dict[Kind, float]:
+        """The share, 0 to 1, of the units of each of the kinds that goes."""
+        found: dict[Kind, float] = {}
+        for kind in kinds:
+            rows = [row for row in self.rows if row.kind == kind]
+            found[kind] = 1 - sum(row.after for row in rows) / sum(row.before for row in rows)
+        return found
+
 
 def by_sparsity(
     model: Any,
@@ -112,6 +120,28 @@ def priced(model: Any, groups: Sequence[Group], keep: Keep) -> Plan:
     before, after = count(params, groups, keep_all(groups)), count(params, groups, keep)
     entry = next(iter(params.values())).element_size()
     return Plan(tuple(groups), keep, before, after, before * entry, after * entry)
+
+
+def of_zeros(
+    model: Any, groups: Sequence[Group], alive: Keep, allocation: Allocation, multiple: int = 8
+) -> Plan:
+    """Remove units of zeros only. `alive` says which are not, for groups of the kinds that may go.
+
+    `uniform` leaves as many units in every group of a kind as its fullest needs, rounded up to
+    `multiple` for neurons, so that the layout stays even: some zeros stay. `global` leaves none.
+    """
+    keep = keep_all(groups)
+    for kind in dict.fromkeys(g.kind for g in groups):
+        row = [g for g in groups if g.kind == kind and g.name in alive]
+        step = multiple if kind == "neurons" else 1
+        fullest = max((int(alive[g.name].sum()) for g in row), default=0)
+        for g in row:
+            width = int(alive[g.name].sum())
+            if allocation == "uniform":
+                width = min(g.size, -(-fullest // step) * step)
+            first = alive[g.name].int().argsort(descending=True, stable=True)[:width]
+            keep[g.name] = torch.zeros(g.size, dtype=torch.bool).index_fill_(0, first, True)
+    return priced(model, groups, keep)
 
 
 def select(

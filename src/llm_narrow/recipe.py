@@ -1,164 +1,36 @@
 """The recipe: every setting of a run, from a YAML file and the flags given, checked once.
 
-A setting is one field here and one reader elsewhere. Fields carry their rule as their
-description, so that a wrong value is told by the rule that it breaks.
+The settings themselves, with their rules, are in sections.py.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, ValidationError, model_validator
 
 from .errors import BadInput, UnknownName, problems
+from .sections import (
+    Blocks,
+    Device,
+    Domain,
+    Kind,
+    Lasso,
+    Measure,
+    Model,
+    Prune,
+    Recover,
+    Score,
+    Section,
+    Train,
+    by_kind,
+    target,
+)
 
-Kind = Literal["neurons", "heads"]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Text = Annotated[str, StringConstraints(min_length=1)]
-Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
-Target = Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)?(%|[kKmMbB])?$")]
-MULTIPLES = {"k": 1e3, "m": 1e6, "b": 1e9}
-
-
-def by_kind(value: object) -> object:
-    """`0.5`, `neurons=0.5,heads=0.2` and mappings, all as kind -> sparsity; else left as it is."""
-    if isinstance(value, str):
-        pairs = [part.partition("=") for part in value.split(",")]
-        try:
-            if len(pairs) == 1 and not pairs[0][1]:
-                return float(value)
-            return {kind.strip(): float(number) for kind, _, number in pairs}
-        except ValueError:
-            return value
-    return value
-
-
-def listed(value: object) -> object:
-    """`neurons,heads` as a tuple of names, and a YAML list as one; else left as it is."""
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(","))
-    return tuple(value) if isinstance(value, list) else value
-
-
-def refit_mode(value: object) -> object:
-    """True and False as the modes that they stand for."""
-    return {True: "sequential", False: "none"}[value] if isinstance(value, bool) else value
-
-
-class Section(BaseModel):
-    """Frozen, strict, and without room for unknown keys."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
-
-
-class Model(Section):
-    """Which model is narrowed."""
-
-    name: Text = Field(description="an alias, a hub id, a folder or a .gguf file")
-    revision: Text | None = Field(None, description="a branch, tag or commit of the hub")
-    trust_remote_code: bool = Field(False, description="true or false")
-
-
-class Domain(Section):
-    """What it is narrowed to."""
-
-    name: Text = Field(description="a known domain, a folder, a file or a hub data set")
-    glob: Text | None = Field(None, description="a file pattern such as **/*.rs")
-    text_column: Text | None = Field(None, description="the name of a column")
-    project_column: Text | None = Field(None, description="the name of a column")
-    max_documents: int | None = Field(None, ge=1, description="a whole number of at least 1")
-
-
-class Blocks(Section):
-    """How text is fed to the model, wherever it is: scoring, refit and measurement alike."""
-
-    length: int = Field(512, ge=8, description="a whole number of at least 8 tokens")
-    batch_size: int = Field(4, ge=1, description="a whole number of at least 1 block")
-
-
-class Score(Section):
-    """How units are scored."""
-
-    criterion: Text = Field("attribution", description="the name of a criterion")
-    tokens: int = Field(65536, ge=1, description="a whole number of at least 1 token")
-
-
-class Prune(Section):
-    """What is removed, and how the rest is refitted."""
-
-    sparsity: Annotated[Fraction | dict[Kind, Fraction] | None, BeforeValidator(by_kind)] = Field(
-        None, description="at least 0 and below 1, or such a number for each kind (neurons, heads)"
-    )
-    target_params: int | Target | None = Field(
-        None, description="a number of parameters (90M) or a share of the model's (60%)"
-    )
-    kinds: Annotated[tuple[Kind, ...] | None, BeforeValidator(listed)] = Field(
-        None, min_length=1, description="one or more of neurons, heads"
-    )
-    allocation: Literal["uniform", "global"] = "uniform"
-    multiple: int = Field(8, ge=1, description="a whole number of at least 1")
-    refit: Annotated[Literal["sequential", "oneshot", "none"], BeforeValidator(refit_mode)] = (
-        "sequential"
-    )
-    damping: float = Field(0.01, gt=0, description="a number above 0")
-
-    @model_validator(mode="after")
-    def _exclusive(self) -> Self:
-        if self.sparsity is not None and self.target_params is not None:
-            raise ValueError("give either prune.sparsity or prune.target_params, not both")
-        if isinstance(self.sparsity, dict) and self.kinds is not None:
-            raise ValueError("leave prune.kinds out: prune.sparsity already names its kinds")
-        share = isinstance(self.target_params, str) and self.target_params.endswith("%")
-        if self.target_params is not None and not 0 < target(self.target_params, 100) <= (
-            100 if share else float("inf")
-        ):
-            raise ValueError(
-                f"prune.target_params must be above 0 and at most 100%, got {self.target_params!r}"
-            )
-        return self
-
-    @property
-    def chosen_kinds(self) -> tuple[Kind, ...]:
-        """The kinds of unit that may go; neurons alone unless others are asked for."""
-        if isinstance(self.sparsity, dict):
-            return tuple(self.sparsity)
-        return self.kinds or ("neurons",)
-
-    @property
-    def sparsity_by_kind(self) -> dict[Kind, float] | None:
-        """The sparsity of each chosen kind; None when a number of parameters is asked for."""
-        if isinstance(self.sparsity, dict):
-            return dict(self.sparsity)
-        if self.target_params is not None:
-            return None
-        return dict.fromkeys(self.chosen_kinds, 0.5 if self.sparsity is None else self.sparsity)
-
-
-class Recover(Section):
-    """Training after the removal."""
-
-    tokens: Literal[0] = Field(
-        0, description="0: this version removes and refits, it does not train afterwards"
-    )
-
-
-class Measure(Section):
-    """What is measured before and after."""
-
-    held_out_tokens: int = Field(32768, ge=1, description="a whole number of at least 1 token")
-    speed: bool = Field(True, description="true or false")
-    samples: int = Field(1, ge=0, description="a whole number of at least 0")
+__all__ = ["FLAGS", "Kind", "Recipe", "Section", "load", "target"]
 
 
 class Recipe(Section):
@@ -169,25 +41,40 @@ class Recipe(Section):
     blocks: Blocks = Blocks()
     score: Score = Score()
     prune: Prune = Prune()
+    lasso: Lasso = Lasso()
     recover: Recover = Recover()
+    train: Train = Train()
     measure: Measure = Measure()
     seed: int = Field(0, ge=0, description="a whole number of at least 0")
     device: Device = Field("auto", description="auto, cpu, mps, cuda or cuda:N")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     @model_validator(mode="after")
-    def _enough_tokens(self) -> Self:
+    def _consistent(self) -> Self:
         length = self.blocks.length
-        for name, tokens, blocks in (
+        needed = [
             ("score.tokens", self.score.tokens, 2),
             ("measure.held_out_tokens", self.measure.held_out_tokens, 1),
-        ):
+        ]
+        if self.trains:
+            needed.append(("train.validation_tokens", self.train.validation_tokens, 1))
+            if self.dtype != "float32":
+                raise ValueError(
+                    f"dtype must be float32 for training, got {self.dtype}: weights and optimizer "
+                    "are float32, passes run in bfloat16 where that is fast"
+                )
+        for name, tokens, blocks in needed:
             if tokens < blocks * length:
                 raise ValueError(
                     f"{name} must be at least {blocks * length} ({blocks} x blocks.length), "
                     f"got {tokens}"
                 )
         return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether weights are trained, before the removal or after."""
+        return self.prune.method == "lasso" or self.recover.tokens > 0
 
     def resolved(self) -> dict[str, Any]:
         """As plain data, with what was left open settled; loading it gives the same run."""
@@ -230,7 +117,35 @@ FLAGS: dict[str, str] = {
     "multiple": "prune.multiple",
     "refit": "prune.refit",
     "damping": "prune.damping",
+    "method": "prune.method",
+    "lasso_tokens": "lasso.tokens",
+    "lasso_lr": "lasso.lr",
+    "penalty": "lasso.penalty",
+    "step": "lasso.step",
+    "control": "lasso.control",
+    "strength": "lasso.strength",
+    "weights": "lasso.weights",
+    "fill": "lasso.fill",
     "recover_tokens": "recover.tokens",
+    "recover_method": "recover.method",
+    "lora_rank": "recover.lora_rank",
+    "lr": "recover.lr",
+    "distill": "train.distill",
+    "teacher": "train.teacher",
+    "temperature": "train.temperature",
+    "mix": "train.mix",
+    "top_k": "train.top_k",
+    "schedule": "train.schedule",
+    "warmup": "train.warmup",
+    "accumulation": "train.accumulation",
+    "clip": "train.clip",
+    "weight_decay": "train.weight_decay",
+    "checkpointing": "train.checkpointing",
+    "sharded": "train.sharded",
+    "validation_tokens": "train.validation_tokens",
+    "evaluate_every": "train.evaluate_every",
+    "save_every_minutes": "train.save_every_minutes",
+    "trackers": "train.trackers",
     "held_out_tokens": "measure.held_out_tokens",
     "speed": "measure.speed",
     "samples": "measure.samples",
@@ -238,15 +153,6 @@ FLAGS: dict[str, str] = {
     "device": "device",
     "dtype": "dtype",
 }
-
-
-def target(value: int | str, total: int) -> int:
-    """The number of parameters that `60%` of `total`, `90M` or `90000000` stand for."""
-    if isinstance(value, int):
-        return value
-    if value.endswith("%"):
-        return round(total * float(value[:-1]) / 100)
-    return round(float(value.rstrip("kKmMbB")) * MULTIPLES.get(value[-1].lower(), 1))
 
 
 def load(
@@ -278,25 +184,42 @@ def load(
         elif "target_params" in given:
             prune.pop("sparsity", None)
     spelled = {FLAGS[name]: spell(name) for name in given}
-    found: list[str] = []
     for name, value in given.items():
         section, _, key = FLAGS[name].rpartition(".")
         place = data.setdefault(section, {}) if section else data
         if isinstance(place, dict):
             place[key] = value
+    source = None if file is None else str(file)
+    return _checked(data, source, spelled, spell, list(criteria))
+
+
+def _checked(
+    data: dict[str, Any],
+    source: str | None,
+    spelled: Mapping[str, str],
+    spell: Callable[[str], str],
+    criteria: Sequence[str],
+) -> Recipe:
+    """The recipe of the data. Raises BadInput with all problems at once."""
+    found: list[str] = []
     criterion: object = _at(data, ("score", "criterion"))
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         found += dict.fromkeys(_line(dict(e), data, spelled, spell) for e in error.errors())
-    if (known := list(criteria)) and isinstance(criterion, str) and criterion not in known:
+    if criteria and isinstance(criterion, str) and criterion not in criteria:
         where = spelled.get("score.criterion", "score.criterion")
-        found.append(str(UnknownName(where, criterion, known)))
+        found.append(str(UnknownName(where, criterion, criteria)))
     if not found:
         return recipe
-    if file is None and len(found) == 1:
+    if source is None and len(found) == 1:
         raise BadInput(found[0])
-    raise problems("the settings given" if file is None else str(file), found)
+    raise problems(source or "the settings given", found)
+
+
+def of(data: Mapping[str, Any], *, criteria: Iterable[str] = ()) -> Recipe:
+    """The recipe that `Recipe.resolved` gave as plain data."""
+    return _checked(dict(data), "the recipe", {}, str, list(criteria))
 
 
 class _Loader(yaml.SafeLoader):

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group, JustifyMethod, RenderableType
@@ -45,6 +45,21 @@ def plan(found: "Plan", stability: Mapping[str, float]) -> RenderableType:
         for kind, share in stability.items()
     ]
     return Group(table, *lines)
+
+
+def lasso(facts: Mapping[str, Any]) -> RenderableType:
+    """What the lasso left, and where the units that go come from."""
+    lines = [
+        f"The lasso left {thousands(facts['zero'])} of {thousands(facts['units'])} units at zero; "
+        f"of the {thousands(facts['removed'])} that go, {thousands(facts['removed_zero'])} are of "
+        f"these and {thousands(facts['removed_by_score'])} are chosen by score."
+    ]
+    if change := facts["logits_change"]:
+        lines.append(
+            f"Silencing the zero units changes float32 logits by {change['masked']:g} (exactly), "
+            f"taking them out by {change['removed']:.1e} of the largest."
+        )
+    return Group(*lines)
 
 
 def pruned(result: "Pruned") -> RenderableType:

@@ -5,36 +5,36 @@ Everything that is told on the way goes to `console`, which is silent unless it 
 """
 
 import copy
-import json
+import math
 import re
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 
-from . import benchmark, checkpoint, inputs, measure, report, scoring, show
+from . import inputs, outcome, report, scoring, show, training, work
 from . import recipe as recipes
-from . import rows as rowfile
 from .blocks import Blocks
 from .cache import written_whole
-from .card import model_card
 from .cost import size
 from .errors import BadInput
 from .inputs import Inputs, begin
 from .manifest import Clock, domain_facts, versions
-from .plan import Plan, by_parameters, by_sparsity, select
+from .plan import Plan, by_parameters, by_sparsity, of_zeros, select
 from .progress import Track
 from .recipe import Recipe
 from .refit import refit_and_remove
 from .rows import Row
 from .scores import memory_estimate, overlap
 from .scoring import Scored
-from .units import keep_all, remove
+from .units import Scores, keep_all, remove
+from .work import Job, Work
 
 
 @dataclass(frozen=True)
@@ -65,22 +65,28 @@ def prune(
     console: Console | None = None,
     **given: object,
 ) -> Pruned:
-    """Score, choose, refit and remove, save and verify, measure before and after.
+    """Score, choose, refit and remove, recover, save and verify, measure before and after.
 
     Writes the run folder `out` (`runs/MODEL-DOMAIN-SIZE`) whole or not at all; with `dry_run`
-    writes nothing and stops at the plan. `scores` is a file that `score` made.
+    writes nothing and stops at the plan. `scores` is a file that `score` made. With training, what
+    is done so far is kept beside `out`, and the same call, or `resume`, goes on from there.
     """
     told = ", ".join(f"{name}={value!r}" for name, value in given.items())
     recipe, console, track = begin(recipe, given, console)
     place = Path(out) if out is not None else default_folder(recipe)
     if force and not dry_run:
-        _check_replaceable(place)
+        outcome.check_replaceable(place)
     clock = Clock()
-    with nullcontext() if dry_run else written_whole(place, force=force) as run:
+    line = command or f"llm_narrow.prune({told})"
+    job = Job("prune", line, recipe.resolved(), None if scores is None else str(scores))
+    with (
+        nullcontext() if dry_run else written_whole(place, force=force) as run,
+        unfinished(place, job, recipe, console, wanted=not dry_run, force=force) as left,
+    ):
         start, blocks, scored = _scored(recipe, scores, console, track, clock)
-        plan = _planned(recipe, start, scored)
+        plan = _planned(recipe, start, scored.scores)
         facts: dict[str, Any] = {
-            "command": command or f"llm_narrow.prune({told})",
+            "command": line,
             "versions": versions(),
             "seed": recipe.seed,
             "model": {
@@ -96,12 +102,52 @@ def prune(
             "seconds": clock.seconds,
         }
         if run is None:
-            return Pruned(start.loaded.model, start.loaded.tokenizer, None, (), plan, facts)
+            model, tokenizer = start.loaded.model, start.loaded.tokenizer
+            return Pruned(model, tokenizer, None, (), plan, facts)
         console.print(show.plan(plan, facts["stability"]))
-        rows = _act(run, place, recipe, start, blocks, plan, facts, track, clock)
+        before = outcome.measured_before(recipe, start, facts, track, clock)
+        original_config = copy.deepcopy(start.loaded.model.config)
+        lessons = left and _lessons(recipe, start, left, facts, console, track, clock)
+        if lessons and recipe.prune.method == "lasso":
+            plan = _aligned(run, recipe, lessons, scored, plan, facts, clock)
+        with clock.stage("refit and remove"):
+            facts["refit"] = _refitted(recipe, start, blocks, plan, facts, left, track)
+        if lessons and recipe.recover.tokens:
+            with clock.stage("recover"):
+                facts["recover"] = training.recover(lessons)
+        rows = outcome.finished(
+            run, place, recipe, start, before, facts, original_config=original_config,
+            groups=plan.groups, keep=plan.keep, track=track, clock=clock,
+        )  # fmt: skip
         shutil.copyfile(scored.path, run / "scores.safetensors")
-        _write_run(run, recipe, facts, rows)
+        if left:
+            outcome.take_training(run, left.folder)
+        outcome.write_run(run, recipe, facts, rows)
+    if left:
+        left.done()
     return Pruned(start.loaded.model, start.loaded.tokenizer, place, rows, plan, facts)
+
+
+@contextmanager
+def unfinished(
+    place: Path, job: Job, recipe: Recipe, console: Console, *,
+    wanted: bool, force: bool,
+) -> Iterator[Work | None]:  # fmt: skip
+    """The folder of the unfinished run; None for runs that do not train.
+
+    What ends the run before its time leaves with a note of how to go on.
+    """
+    if not (wanted and recipe.trains):
+        yield None
+        return
+    left = work.begin(place, job, force=force)
+    if left.resumed:
+        console.print(f"Going on with {left.folder}.")
+    try:
+        yield left
+    except BaseException as error:
+        error.add_note(f"What is done is kept; go on with: llm-narrow resume {place}")
+        raise
 
 
 def score(
@@ -139,16 +185,8 @@ def default_folder(recipe: Recipe) -> Path:
         wanted = "-".join(f"{kind}-{share:g}" for kind, share in by_kind.items())
     names = [Path(name).resolve().name for name in (recipe.model.name, recipe.domain.name)]
     text = "-".join([names[0].removesuffix(".gguf"), names[1], wanted.replace("%", "-percent")])
+    text += "-lasso" * (recipe.prune.method == "lasso") + "-recovered" * (recipe.recover.tokens > 0)
     return Path("runs") / re.sub(r"[^\w.-]+", "-", text)
-
-
-def _check_replaceable(place: Path) -> None:
-    """Refuse to replace a folder that no run wrote: it would be lost."""
-    if place.is_dir() and any(place.iterdir()) and not (place / "manifest.json").is_file():
-        raise BadInput(
-            f"{place} is not a run folder (it has no manifest.json) and is not replaced, even with "
-            "--force. Choose another --out."
-        )
 
 
 def _scored(
@@ -178,13 +216,13 @@ def _scored(
     return start, blocks, scored
 
 
-def _planned(recipe: Recipe, start: Inputs, scored: Scored) -> Plan:
+def _planned(recipe: Recipe, start: Inputs, scores: Scores) -> Plan:
     model, p = start.loaded.model, recipe.prune
     if (by_kind := p.sparsity_by_kind) is not None:
         return by_sparsity(
             model,
             start.all_groups,
-            scored.scores,
+            scores,
             sparsity=by_kind,
             allocation=p.allocation,
             multiple=p.multiple,
@@ -193,7 +231,7 @@ def _planned(recipe: Recipe, start: Inputs, scored: Scored) -> Plan:
     return by_parameters(
         model,
         start.all_groups,
-        scored.scores,
+        scores,
         target=recipes.target(p.target_params, size(model).parameters),
         kinds=p.chosen_kinds,
         allocation=p.allocation,
@@ -205,10 +243,8 @@ def _stability(recipe: Recipe, plan: Plan, scored: Scored) -> dict[str, float]:
     """Per kind, the share of units that both halves of the calibration text would keep."""
     if scored.halves is None:
         return {}
-    p, sparsity = recipe.prune, {}
-    for kind in p.chosen_kinds:
-        before = sum(row.before for row in plan.rows if row.kind == kind)
-        sparsity[kind] = 1 - sum(row.after for row in plan.rows if row.kind == kind) / before
+    p = recipe.prune
+    sparsity = plan.sparsity(p.chosen_kinds)
     first, second = (
         keep_all(plan.groups)
         | select(
@@ -223,94 +259,87 @@ def _stability(recipe: Recipe, plan: Plan, scored: Scored) -> dict[str, float]:
     return overlap(first, second, inputs.groups_of(plan.groups, p.chosen_kinds))
 
 
-def _act(
-    run: Path,
-    place: Path,
-    recipe: Recipe,
-    start: Inputs,
-    blocks: Blocks,
-    plan: Plan,
-    facts: dict[str, Any],
-    track: Track,
-    clock: Clock,
-) -> tuple[Row, ...]:
-    """Measure, refit and remove in place, save, measure again; what is learnt goes into `facts`."""
-    model, tokenizer = start.loaded.model, start.loaded.tokenizer
-    with clock.stage("measure before"):
-        held_out = inputs.held_out(start.loaded, start.domain, recipe, track=track)
-        facts["domain"]["tokens"]["held_out"] = held_out.tokens.numel()
-        first = benchmark.document_sums(model, held_out, recipe, track)
-        rows = [benchmark.row("before", start.loaded, first, start.domain.name, recipe)]
-        prompts = inputs.prompts(start.loaded, held_out, recipe.measure.samples)
-        written = [measure.complete(model, tokenizer, prompt) for prompt in prompts]
-    original_config = copy.deepcopy(model.config)
-    with clock.stage("refit and remove"):
-        facts["refit"] = _refitted(recipe, start, blocks, plan, track)
-    with clock.stage("save and verify"):
-        saved = checkpoint.save(
-            model,
-            tokenizer,
-            run / "model",
-            original_config=original_config,
-            groups=plan.groups,
-            keep=plan.keep,
-            files={"recipe.yaml": recipe.to_yaml()},
-        )
-    facts["checkpoint"] = {
-        "layout": saved.layout,
-        "model_type": saved.model_type,
-        "max_difference": saved.difference,
-        "files": dict(saved.files),
-        "sha256": saved.sha256,
+def _lessons(
+    recipe: Recipe, start: Inputs, left: Work, facts: dict[str, Any], console: Console,
+    track: Track, clock: Clock,
+) -> training.Lessons:  # fmt: skip
+    """What the training parts of the run learn from."""
+    with clock.stage("text to train on"):
+        text = training.text(start, recipe, track=track)
+    facts["domain"]["tokens"] |= text.tokens()
+    return training.Lessons(start, recipe, text, left, console, track)
+
+
+def _aligned(
+    run: Path, recipe: Recipe, lessons: training.Lessons, scored: Scored, plan: Plan,
+    facts: dict[str, Any], clock: Clock,
+) -> Plan:  # fmt: skip
+    """Draw units to zero; the plan that removes them, filled up by score as far as asked for."""
+    kinds = recipe.prune.chosen_kinds
+    with clock.stage("lasso"):
+        aligned = training.align(lessons, scored.scores, plan, kinds)
+    zero = {name: ~keep for name, keep in aligned.keep.items()}
+    scores = {
+        name: score.masked_fill(zero[name], -math.inf) if name in zero else score
+        for name, score in scored.scores.items()
     }
-    narrow = replace(
-        start.loaded, name=str(place / "model"), folder=run / "model", sha256=saved.sha256
-    )
-    with clock.stage("measure after"):
-        second = benchmark.document_sums(model, held_out, recipe, track)
-        rows.append(benchmark.row("after", narrow, second, start.domain.name, recipe, first=first))
-        facts["samples"] = [
-            {"prompt": prompt, "before": old, "after": measure.complete(model, tokenizer, prompt)}
-            for prompt, old in zip(prompts, written, strict=True)
-        ]
-    if recipe.measure.speed:
-        with clock.stage("speed"):
-            whole = inputs.model_of(recipe, recipe.model.name, track=track)
-            rows = benchmark.timed(rows, {"before": whole.model, "after": model}, recipe, track)
-    return tuple(rows)
+    start = lessons.start
+    if recipe.lasso.fill:
+        chosen = _planned(recipe, start, scores)
+    else:
+        chosen = of_zeros(
+            start.loaded.model, start.all_groups, aligned.keep, recipe.prune.allocation,
+            recipe.prune.multiple,
+        )  # fmt: skip
+    gone = {name: int((~chosen.keep[name] & z).sum()) for name, z in zero.items()}
+    removed = sum(int((~chosen.keep[name]).sum()) for name in zero)
+    facts["lasso"] = {
+        **aligned.facts, "removed": removed, "removed_zero": sum(gone.values()),
+        "removed_by_score": removed - sum(gone.values()),
+    }  # fmt: skip
+    facts["plan"] = [asdict(row) for row in chosen.rows]
+    lessons.console.print(show.lasso(facts["lasso"]))
+    norms = dict(zip(("before: ", "after: "), aligned.norms, strict=True))
+    found = {when + name: n for when, per in norms.items() for name, n in per.items()}
+    save_file(found, run / "norms.safetensors")
+    return chosen
 
 
 def _refitted(
-    recipe: Recipe, start: Inputs, blocks: Blocks, plan: Plan, track: Track
-) -> dict[str, Any]:
-    if recipe.prune.refit == "none":
-        remove(start.loaded.model, plan.groups, plan.keep)
-        return {}
-    facts = refit_and_remove(
-        start.loaded.model,
-        plan.groups,
-        plan.keep,
-        blocks.batches(recipe.blocks.batch_size),
-        damping=recipe.prune.damping,
-        sequential=recipe.prune.refit == "sequential",
-        dtype=torch.bfloat16 if start.bf16 else None,
-        track=track,
-    )
-    errors = list(facts.errors.values()) or [0.0]
-    return {
-        "mode": recipe.prune.refit,
-        "tokens": facts.tokens,
-        "damping": facts.damping,
-        "mean_error": sum(errors) / len(errors),
-        "largest_error": max(errors),
-    }
-
-
-def _write_run(run: Path, recipe: Recipe, facts: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    manifest = json.dumps(facts, indent=2, ensure_ascii=False)
-    (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    (run / "manifest.json").write_text(manifest, encoding="utf-8")
-    (run / "model" / "manifest.json").write_text(manifest, encoding="utf-8")
-    (run / "model" / "README.md").write_text(model_card(facts, rows), encoding="utf-8")
-    rowfile.append(run / "rows.jsonl", rows)
-    (run / "report.md").write_text(report.markdown(run), encoding="utf-8")
+    recipe: Recipe, start: Inputs, blocks: Blocks, plan: Plan, told: Mapping[str, Any],
+    left: Work | None, track: Track,
+) -> dict[str, Any]:  # fmt: skip
+    """Repair what is left, and remove the rest; what is told of it. `told` is the manifest."""
+    model = start.loaded.model
+    if left and (held := left.part("refitted")):
+        remove(model, plan.groups, plan.keep)
+        work.fill(model, held[0])
+        return held[1]
+    facts: dict[str, Any] = {}
+    if told.get("lasso", {}).get("removed_by_score") == 0:
+        remove(model, plan.groups, plan.keep)
+        facts = {"mode": "not needed: only units of zeros were removed"}
+    elif recipe.prune.refit == "none":
+        remove(model, plan.groups, plan.keep)
+    else:
+        fitted = refit_and_remove(
+            model,
+            plan.groups,
+            plan.keep,
+            blocks.batches(recipe.blocks.batch_size),
+            damping=recipe.prune.damping,
+            sequential=recipe.prune.refit == "sequential",
+            dtype=torch.bfloat16 if start.bf16 else None,
+            track=track,
+        )
+        errors = list(fitted.errors.values()) or [0.0]
+        facts = {
+            "mode": recipe.prune.refit,
+            "tokens": fitted.tokens,
+            "damping": fitted.damping,
+            "mean_error": sum(errors) / len(errors),
+            "largest_error": max(errors),
+        }
+    if left:
+        left.finish("refitted", work.weights(model), facts)
+    return facts

@@ -1,0 +1,127 @@
+"""What a run writes: the checkpoint, proved; the figures before and after; the run folder."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from . import benchmark, checkpoint, inputs, measure, report
+from . import rows as rowfile
+from .blocks import Blocks
+from .card import model_card
+from .errors import BadInput
+from .inputs import Inputs
+from .manifest import Clock
+from .measure import DocumentSums
+from .progress import Track
+from .recipe import Recipe
+from .rows import Row
+from .units import Group, Keep
+
+
+@dataclass(frozen=True)
+class Before:
+    """What was measured and written before the model was changed."""
+
+    held_out: Blocks
+    sums: DocumentSums
+    row: Row
+    prompts: tuple[str, ...]
+    written: tuple[str, ...]
+
+
+def measured_before(
+    recipe: Recipe, start: Inputs, facts: dict[str, Any], track: Track, clock: Clock
+) -> Before:
+    """Measure the model as it is on the held-out part, and have it complete some prompts."""
+    model, tokenizer = start.loaded.model, start.loaded.tokenizer
+    with clock.stage("measure before"):
+        held_out = inputs.held_out(start.loaded, start.domain, recipe, track=track)
+        facts["domain"]["tokens"]["held_out"] = held_out.tokens.numel()
+        sums = benchmark.document_sums(model, held_out, recipe, track)
+        row = benchmark.row("before", start.loaded, sums, start.domain.name, recipe)
+        prompts = inputs.prompts(start.loaded, held_out, recipe.measure.samples)
+        written = [measure.complete(model, tokenizer, prompt) for prompt in prompts]
+    return Before(held_out, sums, row, tuple(prompts), tuple(written))
+
+
+def finished(
+    run: Path,
+    place: Path,
+    recipe: Recipe,
+    start: Inputs,
+    before: Before,
+    facts: dict[str, Any],
+    *,
+    original_config: Any,
+    groups: Sequence[Group],
+    keep: Keep,
+    track: Track,
+    clock: Clock,
+) -> tuple[Row, ...]:
+    """Save the changed model and prove it, measure it; what is learnt goes into `facts`."""
+    model, tokenizer = start.loaded.model, start.loaded.tokenizer
+    with clock.stage("save and verify"):
+        saved = checkpoint.save(
+            model,
+            tokenizer,
+            run / "model",
+            original_config=original_config,
+            groups=groups,
+            keep=keep,
+            files={"recipe.yaml": recipe.to_yaml()},
+        )
+    facts["checkpoint"] = {
+        "layout": saved.layout,
+        "model_type": saved.model_type,
+        "max_difference": saved.difference,
+        "files": dict(saved.files),
+        "sha256": saved.sha256,
+    }
+    narrow = replace(
+        start.loaded, name=str(place / "model"), folder=run / "model", sha256=saved.sha256
+    )
+    rows = [before.row]
+    with clock.stage("measure after"):
+        second = benchmark.document_sums(model, before.held_out, recipe, track)
+        domain = start.domain.name
+        rows.append(benchmark.row("after", narrow, second, domain, recipe, first=before.sums))
+        facts["samples"] = [
+            {"prompt": prompt, "before": old, "after": measure.complete(model, tokenizer, prompt)}
+            for prompt, old in zip(before.prompts, before.written, strict=True)
+        ]
+    if recipe.measure.speed:
+        with clock.stage("speed"):
+            whole = inputs.model_of(recipe, recipe.model.name, track=track)
+            rows = benchmark.timed(rows, {"before": whole.model, "after": model}, recipe, track)
+    return tuple(rows)
+
+
+def write_run(run: Path, recipe: Recipe, facts: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Write the files of the run folder that tell about it."""
+    manifest = json.dumps(facts, indent=2, ensure_ascii=False)
+    (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    (run / "manifest.json").write_text(manifest, encoding="utf-8")
+    (run / "model" / "manifest.json").write_text(manifest, encoding="utf-8")
+    (run / "model" / "README.md").write_text(model_card(facts, rows), encoding="utf-8")
+    rowfile.append(run / "rows.jsonl", rows)
+    (run / "report.md").write_text(report.markdown(run), encoding="utf-8")
+
+
+def take_training(run: Path, folder: Path) -> None:
+    """Copy the records of the training from the folder of the unfinished run."""
+    for path in sorted(folder.glob("*.jsonl")):
+        shutil.copyfile(path, run / path.name)
+    if (folder / "logs").is_dir():
+        shutil.copytree(folder / "logs", run / "logs")
+
+
+def check_replaceable(place: Path) -> None:
+    """Refuse to replace a folder that no run wrote: it would be lost."""
+    if place.is_dir() and any(place.iterdir()) and not (place / "manifest.json").is_file():
+        raise BadInput(
+            f"{place} is not a run folder (it has no manifest.json) and is not replaced, even with "
+            "--force. Choose another --out."
+        )
