@@ -152,3 +152,49 @@ def test_peers_scripts_know_every_setting(script: Any) -> None:
     pinned = (SCRIPTS / "peers" / "constraints.txt").read_text("utf-8")
     for package in ("optipfair==0.4.2", "torch-pruning==1.6.1", "torch==2.13.0"):
         assert f"\n{package}\n" in pinned
+
+
+def test_recovery_makes_a_run_for_each_method_and_takes_them_up_again(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_narrow.checkpoint.verify", lambda *args, **given: 0.0)
+    recovery, options = script("recovery")
+    line = [*options, "--held-out-tokens", "128", "--validation-tokens", "64", "--sparsities",
+            "0.5", "--budgets", "512", "--methods", "refit,plain,distill,lora,lasso"]  # fmt: skip
+    recovery.main(line)
+    rows = written(tmp_path)["rows"]
+    assert [r["method"] for r in rows] == ["refit", "plain", "distill", "lora", "lasso"]
+    assert [r["tokens"] for r in rows] == [0, 512, 512, 512, 512]
+    assert len({r["parameters"] for r in rows}) == 1
+    assert len({r["loss"] for r in rows}) == 5
+    assert rows[4]["lasso_removed_by_score"] == 0
+    best = min(rows[1:], key=lambda r: r["above"]["value"])
+    table = (tmp_path / "docs" / "result.md").read_text("utf-8")
+    assert table.count("**") == 2
+    assert f"| {best['method']}: " in next(t for t in table.splitlines() if "**" in t)
+    monkeypatch.setattr(recovery, "shared", None)  # nothing is made anew
+    with pytest.raises(TypeError):
+        recovery.main(line)
+    runs = tmp_path / "runs/bench/recovery"
+    assert sorted(p.name for p in runs.iterdir()) == [
+        "distill-0.5-512", "lasso-0.5-512", "lora-0.5-512", "plain-0.5-512", "refit-0.5"
+    ]  # fmt: skip
+
+
+def test_survival_kills_a_run_and_compares(
+    script: Any, tmp_path: Path, model_folder: Path, domain_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    survival, _ = script("survival")
+    moments = iter([0.5, 9.0])  # before anything has begun, and on the way or never
+    monkeypatch.setattr(survival.random.Random, "uniform", lambda *_: next(moments, 12.0))
+    survival.main([
+        "--model", str(model_folder), "--domain", str(domain_folder), "--kills", "2",
+        "--lasso-tokens", "4k", "--recover-tokens", "4k", "--out", str(tmp_path / "docs/result"),
+        "--", "--length", "32", "--calibration-tokens", "128", "--held-out-tokens", "64",
+        "--validation-tokens", "64", "--samples", "0",
+    ])  # fmt: skip
+    (row,) = written(tmp_path)["rows"]
+    assert row["equal"] and len(row["kills"]) == 2
+    assert row["kills"][0]["part"] == "text and scores"
+    assert row["left"] == ["killed", "whole"]
