@@ -151,8 +151,16 @@ def test_ctrl_c_leaves_nothing(prune: Any, tmp_path: Path, monkeypatch: pytest.M
     assert left_behind(tmp_path) == []
 
 
-def test_a_real_process_and_a_real_ctrl_c(
-    model_folder: Path, domain_folder: Path, tmp_path: Path
+def test_the_domain_is_looked_up_before_the_model_is_loaded(
+    prune: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_narrow.models.load", lambda *args, **given: 1 / 0)
+    refused(prune("--domain", "pyton"), "'pyton' is unknown")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_real_process_and_a_real_signal(
+    number: signal.Signals, code: int, model_folder: Path, domain_folder: Path, tmp_path: Path
 ) -> None:
     names = ["--model", str(model_folder), "--domain", str(domain_folder), *SMALL]
     command = [sys.executable, "-m", "llm_narrow", "prune", *names, "--out", str(tmp_path / "run")]
@@ -168,9 +176,9 @@ def test_a_real_process_and_a_real_ctrl_c(
         while process.poll() is None and not left_behind(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        os.kill(process.pid, signal.SIGINT)
+        os.kill(process.pid, number)
         _, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
+    assert process.returncode == code, err
     assert err.strip().splitlines()[-1] == "Interrupted; nothing is left half-written."
     assert "Traceback" not in err
     assert left_behind(tmp_path) == []

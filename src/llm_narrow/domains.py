@@ -91,6 +91,11 @@ def load(
     return domain
 
 
+def check(name: str, **options: Any) -> None:
+    """Raise what `load` would for the name and its options, without reading any text."""
+    _find(name, Asked(**options))
+
+
 def known() -> list[DomainRow]:
     """The domains of the table, then every folder, file and data set that is cached."""
     rows = []

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -57,6 +58,7 @@ def gather(recipe: Recipe, *, track: Track = silent) -> Inputs:
     Raises BadInput where the model has no groups of the kinds asked for.
     """
     device = device_of(recipe.device)
+    domains.check(recipe.domain.name, **_asked(recipe))  # before the model, which may take long
     loaded = model_of(recipe, recipe.model.name, track=track)
     every = tuple(find_groups(loaded.model))
     groups = groups_of(every, recipe.prune.chosen_kinds)
@@ -109,15 +111,12 @@ def model_of(recipe: Recipe, name: str, *, track: Track = silent) -> Loaded:
 
 def domain_of(recipe: Recipe, *, track: Track = silent) -> Domain:
     """The domain that the recipe names."""
-    d = recipe.domain
-    return domains.load(
-        d.name,
-        glob=d.glob,
-        text_column=d.text_column,
-        project_column=d.project_column,
-        max_documents=d.max_documents,
-        track=track,
-    )
+    return domains.load(recipe.domain.name, **_asked(recipe), track=track)
+
+
+def _asked(recipe: Recipe) -> dict[str, Any]:
+    """The options of the domain, by name."""
+    return recipe.domain.model_dump(exclude={"name"})
 
 
 def groups_of(groups: Sequence[Group], kinds: Sequence[Kind]) -> tuple[Group, ...]:
