@@ -1,6 +1,9 @@
 """Runs that train: what they leave, and that a stopped one goes on to the same result."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -284,3 +287,31 @@ def test_nothing_to_recover_is_told(model_folder: Path, tmp_path: Path) -> None:
     names = {"model": str(model_folder), "domain": str(write_domain(tmp_path / "d"))}
     with pytest.raises(BadInput, match=r"recover\.tokens must be above 0"):
         recovery.recover(recipe.load(None, names), out=tmp_path / "o")
+
+
+def test_two_processes_prune_as_one_that_sees_as_much(
+    narrow: Any, model_folder: Path, domain_folder: Path, tmp_path: Path
+) -> None:
+    given = {**SMALL, **LASSO, **RECOVER, "distill": "cached"}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()
+             if name != "speed"]  # fmt: skip
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m",
+            "llm_narrow", "prune", "--model", model_folder, "--domain", domain_folder, *flags,
+            "--no-speed", "--device", "cpu", "--json", "--out", tmp_path / "two"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(part) for part in line], env=environment, timeout=400,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)  # one process speaks
+    assert left_behind(tmp_path) == ["two"]
+    one = narrow("one", **given, accumulation=2).manifest
+    assert told["plan"] == one["plan"]
+    for part in ("lasso", "recover"):
+        assert told[part]["steps"] == one[part]["steps"]
+        assert told[part]["validation"] == pytest.approx(one[part]["validation"], rel=2e-4)
+    assert told["rows"][1]["loss"] == pytest.approx(one_loss(tmp_path / "one"), rel=2e-3)
+
+
+def one_loss(run: Path) -> float:
+    rows = [json.loads(line) for line in (run / "rows.jsonl").read_text().splitlines()]
+    return float(rows[1]["loss"])

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from . import __doc__ as about
+from . import compare_options as comparing
 from .errors import NarrowError
 from .options import (
     LASSO,
@@ -217,6 +218,46 @@ def score(
 
 
 @app.command()
+@taking(*comparing.SETTINGS)
+def compare(
+    context: typer.Context,
+    given: Given,
+    recipe: RecipeFile = None,
+    sizes: comparing.Sizes = "",
+    tokens: comparing.Tokens = None,
+    seeds: comparing.Seeds = 2,
+    methods: comparing.Methods = "oneshot,lasso,random,distilled,scratch",
+    lrs: comparing.Rates = "1e-4,3e-4,1e-3",
+    sweep_share: comparing.Share = 0.2,
+    targets: comparing.Targets = None,
+    source: comparing.From = None,
+    strict: comparing.Strict = False,
+    out: comparing.Out = None,
+    dry_run: comparing.DryRun = False,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train narrowed, distilled, from-scratch and random models of the same shape alike."""
+    from . import compare as comparison
+
+    line = _line(context)
+    if source:
+        result = comparison.recompute(source, out=out, targets=targets, strict=strict, command=line)
+        return _print(json, result.facts(), result.shown())
+    if not (sizes and tokens and out):
+        raise typer.BadParameter("--sizes, --tokens and --out are needed, or --from.")
+    spelled, asked = {"recover_tokens": "--tokens"}, {**given, "recover_tokens": tokens}
+    result = comparison.compare(
+        _recipe(recipe, asked, lambda name: spelled.get(name) or _flag(name)),
+        sizes=sizes, tokens=tokens, out=out, seeds=seeds, methods=methods, lrs=lrs,
+        sweep_share=sweep_share, targets=targets, dry_run=dry_run, command=line,
+        console=_console(quiet),
+    )  # fmt: skip
+    _print(json, result.facts(), result.shown())
+
+
+@app.command()
 @taking("domain", *TEXT, "trust_remote_code", *MEASUREMENT, *MACHINE)
 def bench(
     given: Given,
@@ -306,6 +347,10 @@ def _console(quiet: bool) -> "Console":
 
 
 def _print(json: bool, facts: Mapping[str, object], tables: "RenderableType") -> None:
+    from .processes import first
+
+    if not first():
+        return
     if json:
         print(json_text.dumps(facts, indent=2, default=str))
     else:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import processes
 from .blocks import Blocks
 from .cache import no_space
 from .errors import BadInput, problems
@@ -110,12 +111,14 @@ def cached_teacher(
     _begin(folder, about)
     starts = range(0, len(blocks.tokens), SHARD)
     missing = [s for s in starts if not _whole(folder, s, min(SHARD, len(blocks.tokens) - s))]
+    processes.wait()  # none writes before all have looked
     if missing:
         teacher = _frozen(teacher, bf16)
-    for start in track(missing, "asking the teacher"):
+    for start in track(processes.share(missing), "asking the teacher"):
         shard = _predictions(teacher, blocks.tokens[start : start + SHARD], k, temperature,
                              batch_size)  # fmt: skip
         _write(folder, _file(folder, start), shard)
+    processes.wait()
     count = len(blocks.tokens)
     places = {_key(tokens): index for index, tokens in enumerate(blocks.tokens)}
     return Cached(folder, count, k, vocabulary, temperature, places)

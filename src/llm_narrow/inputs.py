@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from . import domains, models
+from . import domains, models, processes
 from . import recipe as recipes
 from .blocks import Blocks, pack
 from .domains import Domain
@@ -37,13 +37,15 @@ def begin(
     recipe: Recipe | Path | str | None, given: Mapping[str, object], console: Console | None
 ) -> tuple[Recipe, Console, Track]:
     """The recipe of a command, checked, from a recipe, its file, or settings by name."""
-    console = console or Console(quiet=True)
     if isinstance(recipe, Recipe):
         if given:
             raise TypeError(f"give a recipe or settings, not both: {', '.join(given)}")
         settled = recipe
     else:
         settled = recipes.load(recipe, given, criteria=CRITERIA)
+    processes.join(settled.device)
+    if console is None or not processes.first():
+        console = Console(quiet=True)
     return settled, console, track_on(console)
 
 
@@ -70,7 +72,9 @@ def device_of(name: str) -> torch.device:
     """The device that the name stands for; `auto` is the fastest there is."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
-        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+        if cuda:  # each process has one of its own: see `processes.join`
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if mps else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (not cuda or (device.index or 0) >= torch.cuda.device_count()):
         raise BadInput(

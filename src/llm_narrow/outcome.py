@@ -2,14 +2,17 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from . import benchmark, checkpoint, inputs, measure, report
+from . import benchmark, checkpoint, inputs, measure, processes, report
 from . import rows as rowfile
 from .blocks import Blocks
+from .cache import written_whole
 from .card import model_card
 from .errors import BadInput
 from .inputs import Inputs
@@ -19,6 +22,22 @@ from .progress import Track
 from .recipe import Recipe
 from .rows import Row
 from .units import Group, Keep
+
+
+@contextmanager
+def run_folder(place: Path, *, force: bool) -> Iterator[Path]:
+    """A folder that becomes `place` when all went well; one to throw away in other processes.
+
+    Raises BadInput where `place` exists, unless `force` replaces it.
+    """
+    if force:
+        check_replaceable(place)
+    if processes.first():
+        with written_whole(place, force=force) as run:
+            yield run
+    else:
+        with TemporaryDirectory() as run:
+            yield Path(run)
 
 
 @dataclass(frozen=True)
@@ -34,8 +53,13 @@ class Before:
 
 def measured_before(
     recipe: Recipe, start: Inputs, facts: dict[str, Any], track: Track, clock: Clock
-) -> Before:
-    """Measure the model as it is on the held-out part, and have it complete some prompts."""
+) -> Before | None:
+    """Measure the model as it is on the held-out part, and have it complete some prompts.
+
+    The first process does; to the others, None is as good.
+    """
+    if not processes.first():
+        return None
     model, tokenizer = start.loaded.model, start.loaded.tokenizer
     with clock.stage("measure before"):
         held_out = inputs.held_out(start.loaded, start.domain, recipe, track=track)
@@ -52,7 +76,7 @@ def finished(
     place: Path,
     recipe: Recipe,
     start: Inputs,
-    before: Before,
+    before: Before | None,
     facts: dict[str, Any],
     *,
     original_config: Any,
@@ -61,7 +85,12 @@ def finished(
     track: Track,
     clock: Clock,
 ) -> tuple[Row, ...]:
-    """Save the changed model and prove it, measure it; what is learnt goes into `facts`."""
+    """Save the changed model and prove it, measure it; what is learnt goes into `facts`.
+
+    The first process does; the others have no rows.
+    """
+    if before is None:
+        return ()
     model, tokenizer = start.loaded.model, start.loaded.tokenizer
     with clock.stage("save and verify"):
         saved = checkpoint.save(
@@ -100,7 +129,9 @@ def finished(
 
 
 def write_run(run: Path, recipe: Recipe, facts: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Write the files of the run folder that tell about it."""
+    """Write the files of the run folder that tell about it, if it has been measured."""
+    if not rows:
+        return
     manifest = json.dumps(facts, indent=2, ensure_ascii=False)
     (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     (run / "manifest.json").write_text(manifest, encoding="utf-8")

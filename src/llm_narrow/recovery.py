@@ -10,7 +10,6 @@ from rich.console import Console
 
 from . import checkpoint, inputs, outcome, training
 from . import recipe as recipes
-from .cache import written_whole
 from .cost import size
 from .errors import BadInput
 from .inputs import begin
@@ -55,13 +54,11 @@ def recover(
     if not recipe.recover.tokens:
         raise BadInput("recover.tokens must be above 0 to train. Give --tokens, e.g. 200k.")
     place, source = Path(out), _run_of(recipe.model.name)
-    if force:
-        outcome.check_replaceable(place)
     clock = Clock()
     line = command or f"llm_narrow.recover({told})"
     job = Job("recover", line, recipe.resolved())
     with (
-        written_whole(place, force=force) as run,
+        outcome.run_folder(place, force=force) as run,
         unfinished(place, job, recipe, console, wanted=True, force=force) as left,
     ):
         assert left is not None
@@ -95,7 +92,7 @@ def recover(
             run, place, recipe, start, before, facts, original_config=original_config,
             groups=start.all_groups, keep=keep, track=track, clock=clock,
         )  # fmt: skip
-        if facts["checkpoint"]["layout"] == "uniform" and (source / "model").is_dir():
+        if rows and facts["checkpoint"]["layout"] == "uniform" and (source / "model").is_dir():
             # What was removed from the original is still what its run said.
             shutil.copyfile(source / "model" / checkpoint.KEEP, run / "model" / checkpoint.KEEP)
         outcome.take_training(run, left.folder)

@@ -16,6 +16,9 @@ Stork 1993); what matters here is which inputs and which outputs:
   so memory does not grow with depth.
 * One-shot (`sequential=False`) takes A and T of every layer from the whole model, in one pass.
 
+Several processes each see their share of the batches; A A', A T' and |T|^2 are added up over them
+before anything is solved, so that all find the same weights.
+
 docs/log.md has what the choice of T was worth in first experiments.
 """
 
@@ -29,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .processes import share, summed
 from .progress import Track, silent
 from .scores import watched
 from .units import Group, Keep, Slice, remove, removed
@@ -60,9 +64,9 @@ def refit_and_remove(
 ) -> RefitFacts:
     """Remove the units that `keep` drops, in place, and refit what read them.
 
-    `batches` are (batch, length) token ids; forward passes run in `dtype` (the model's own unless
-    given), statistics and solutions are float32. `known` are the `statistics` of the whole model,
-    from which a one-shot refit takes no pass at all.
+    `batches` are (batch, length) token ids, all of them in every process; forward passes run in
+    `dtype` (the model's own unless given), statistics and solutions are float32. `known` are the
+    `statistics` of the whole model, from which a one-shot refit takes no pass at all.
     """
     tokens = sum(b.numel() for b in batches)
     cut = [g for g in groups if not keep[g.name].all()]
@@ -109,11 +113,13 @@ def statistics(
 
             reader = whole.get_submodule(fit.slice.module)
             hooks.callback(reader.register_forward_hook(add).remove)
-        for batch in track(batches, "refitting"):
+        for batch in track(share(batches), "refitting"):
             if hasattr(whole, "base_model"):
                 _body(whole, batch)
             else:
                 whole(batch)
+    for fit in fits:
+        fit.add_up()
     return fits
 
 
@@ -130,6 +136,7 @@ def _layerwise(
     errors: dict[str, float] = {}
     names = _layer_names(model, cut)
     order, calls = _recorded(model, names, cut, batches, dtype)
+    batches = share(batches)
     shapes = [tuple(b.shape) for b in batches]
     gone = removed(cut, keep)
     ours = _entering(model, names[0], batches, dtype)  # hidden states of the cut network
@@ -158,6 +165,7 @@ def _layerwise(
                 ahead.append(out_whole)
                 if _adds_last(fit.group):
                     parts.append((a.view(*h.shape[:-1], -1), out_small - y_small))
+            fit.add_up()
             errors[fit.slice.param] = fit.write(model, damping)
         theirs = ahead or [
             _run(whole, w, calls[name, s]) for w, s in zip(theirs, shapes, strict=True)
@@ -242,6 +250,13 @@ class Fit:
         self.square.addmm_(a.T, a)
         self.cross.addmm_(a.T, t)
         self.energy += float(t.square().sum())
+
+    def add_up(self) -> None:
+        """Make the statistics those of the batches of all processes."""
+        summed(self.square)
+        summed(self.cross)
+        energy = torch.tensor(self.energy, dtype=torch.float64, device=self.square.device)
+        self.energy = float(summed(energy))
 
     def weight(self, model: Any) -> Tensor:
         """The reading matrix as it stands in the model, (n, out); a view."""

@@ -6,7 +6,8 @@ that is summed matters more than anything else: signs that cancel over the whole
 that matter in every sequence (Michaud et al. 2025, arXiv 2505.15811, sum first).
 
 Only a few numbers per unit are ever accumulated. Weights are frozen while scoring, so that no
-weight gradient is computed or held.
+weight gradient is computed or held. Several processes take their share of the batches (of the
+units, for ablation) and add up what they found, so that all get the same scores.
 """
 
 import contextlib
@@ -22,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import UnknownName
-from .losses import CHUNK, Loss, language_loss
+from .losses import CHUNK, FROZEN, Loss, language_loss
+from .processes import share, summed
 from .progress import Track, silent
 from .units import Group, Scores, Slice, norms
 
@@ -66,7 +68,7 @@ def ablation(d: Data) -> Scores:
         whole = measure()
         scores = {g.name: torch.zeros(g.size) for g in d.groups}
         todo = [(g, u) for g in d.groups for u in range(g.size)]
-        for group, unit in d.track(todo, "ablating units"):
+        for group, unit in d.track(share(todo), "ablating units"):
 
             def silence(_: Group, s: Slice, x: Tensor, unit: int = unit) -> Tensor:
                 at = s.start + unit * s.block
@@ -76,7 +78,7 @@ def ablation(d: Data) -> Scores:
 
             with watched(d.model, [group], silence):
                 scores[group.name][unit] = measure() - whole
-    return scores
+    return {name: summed(s) for name, s in scores.items()}
 
 
 def activation(d: Data) -> Scores:
@@ -140,8 +142,9 @@ def score(
 ) -> Scores:
     """Score every unit of `groups`, (size,) float32 on the CPU, higher = keep.
 
-    The model runs as it is, so a bfloat16 model is scored in bfloat16; sums are float32. Its
-    weights, gradients and mode are left as they were. Raises UnknownName for the criterion.
+    Every process gives the same model and all batches, and gets the same scores. The model runs as
+    it is, so a bfloat16 model is scored in bfloat16; sums are float32. Its weights, gradients and
+    mode are left as they were. Raises UnknownName for the criterion.
     """
     if criterion not in CRITERIA:
         raise UnknownName("criterion", criterion, CRITERIA)
@@ -207,13 +210,13 @@ def _reduced(d: Data, reduce: Callable[[Tensor], Tensor]) -> Scores:
         return source if source is not x else None
 
     with watched(d.model, d.groups, see):
-        for batch in d.track(d.batches, "scoring"):
+        for batch in d.track(share(d.batches), "scoring"):
             sequences = len(batch)
             d.loss(d.model, batch.to(device)).backward()
             for name, effect in effects.items():
                 scores[name] += reduce(effect)
             effects.clear()
-    return {name: s.cpu() for name, s in scores.items()}
+    return {name: summed(s).cpu() for name, s in scores.items()}
 
 
 def _powers(d: Data) -> list[tuple[Group, list[Tensor]]]:
@@ -226,9 +229,9 @@ def _powers(d: Data) -> list[tuple[Group, list[Tensor]]]:
 
     device = next(d.model.parameters()).device
     with torch.no_grad(), watched(d.model, d.groups, see):
-        for batch in d.track(d.batches, "reading activations"):
+        for batch in d.track(share(d.batches), "reading activations"):
             d.loss(d.model, batch.to(device))
-    return [(g, [sums[g.name, s] for s in g.reads]) for g in d.groups]
+    return [(g, [summed(sums[g.name, s]) for s in g.reads]) for g in d.groups]
 
 
 def overlap(
@@ -260,8 +263,9 @@ def memory_estimate(
     widest = max((g.size * s.block for g in groups for s in g.reads), default=0)
     hidden = int(getattr(model.config, "hidden_size", widest))
     vocabulary = int(getattr(model.config, "vocab_size", 0))
-    logits = min(tokens, CHUNK) * vocabulary * (4 + 4 + entry)
-    if criterion in GRADIENT_FREE:
+    free = criterion in GRADIENT_FREE
+    logits = min(tokens, CHUNK if free else FROZEN) * vocabulary * (4 + 4 + entry)
+    if free:
         return weights + logits + tokens * (4 * hidden + 3 * widest) * entry
     wide = sum(g.size * s.block for g in groups for s in g.reads)
     layers = len({g.name.rpartition(".")[0] for g in groups})

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from . import __version__, scores
+from . import __version__, processes, scores
 from .blocks import Blocks
 from .cache import cache_dir, file_sha256
 from .errors import BadInput, problems
@@ -99,9 +99,13 @@ def made(inputs: Inputs, recipe: Recipe, blocks: Blocks, *, track: Track = silen
     names = sorted(g.name for g in inputs.groups)
     key = hashlib.sha256(json.dumps([about, names]).encode()).hexdigest()
     path = cache_dir() / "scores" / f"{key[:16]}.safetensors"
+    cached = None
     with suppress(OSError, SafetensorError, KeyError, ValueError):
         held, found = scores.read(path)
-        return _split(held, inputs.groups, path, True, found)
+        cached = _split(held, inputs.groups, path, True, found)
+    # Scores are made by all processes together, whose caches may be of different nodes.
+    if processes.agreed(cached is not None) and cached is not None:
+        return cached
     started = time.perf_counter()
     held = _score(inputs, recipe, blocks, track)
     about["seconds"] = f"{time.perf_counter() - started:.1f}"

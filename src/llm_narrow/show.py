@@ -66,6 +66,8 @@ def pruned(result: "Pruned") -> RenderableType:
     """The plan after a dry run; else what was measured, samples, and where it is."""
     if result.folder is None:
         return plan(result.plan, result.manifest["stability"])
+    if not result.rows:  # of several processes only the first has measured
+        return Group()
     texts = [
         Panel(Text.assemble((sample["prompt"], "dim"), sample[label]), title=label)
         for sample in result.manifest["samples"]

@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from . import inputs, outcome, report, scoring, show, training, work
 from . import recipe as recipes
 from .blocks import Blocks
-from .cache import written_whole
 from .cost import size
 from .errors import BadInput
 from .inputs import Inputs, begin
@@ -74,13 +73,11 @@ def prune(
     told = ", ".join(f"{name}={value!r}" for name, value in given.items())
     recipe, console, track = begin(recipe, given, console)
     place = Path(out) if out is not None else default_folder(recipe)
-    if force and not dry_run:
-        outcome.check_replaceable(place)
     clock = Clock()
     line = command or f"llm_narrow.prune({told})"
     job = Job("prune", line, recipe.resolved(), None if scores is None else str(scores))
     with (
-        nullcontext() if dry_run else written_whole(place, force=force) as run,
+        nullcontext() if dry_run else outcome.run_folder(place, force=force) as run,
         unfinished(place, job, recipe, console, wanted=not dry_run, force=force) as left,
     ):
         start, blocks, scored = _scored(recipe, scores, console, track, clock)

@@ -1,4 +1,4 @@
-"""What a training run checks and sets up before its first step."""
+"""What a training run checks and sets up before its first step, and how it refuses to go on."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from torch import Tensor
 
+from . import state as states
 from .errors import BadInput, NarrowError, UnknownName
 from .settings import Settings
 
@@ -23,6 +24,11 @@ def adamw(params: Mapping[str, Tensor], s: Settings) -> torch.optim.AdamW:
     ]
     fused = all(p.device.type in ("cpu", "cuda", "xpu", "mps") for p in params.values())
     return torch.optim.AdamW([g for g in groups if g["params"]], s.lr, s.betas, fused=fused)
+
+
+def learned(model: Any) -> dict[str, Tensor]:
+    """The parameters that are trained, by name."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
 def check_weights(params: Mapping[str, Tensor]) -> None:
@@ -38,11 +44,17 @@ def check_weights(params: Mapping[str, Tensor]) -> None:
 
 
 def check_processes(running: int, expected: int | None) -> None:
-    """Raise NarrowError where processes do not know of each other.
+    """Raise NarrowError where processes do not know of each other, or Accelerate is to shard.
 
     Several ways to start two end, without a word, in one process or in two unconnected trainings.
-    `expected` None is what torchrun says.
+    `expected` None is what torchrun says. Accelerate on CPUs takes FSDP for DDP as silently.
     """
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes"):
+            raise NarrowError(
+                f"ACCELERATE_USE_{name} is set, and training shards by itself (FSDP2) where it is "
+                "asked to. Leave it out of the configuration of accelerate."
+            )
     wanted = expected or int(os.environ.get("WORLD_SIZE", "1"))
     if running != wanted:
         raise NarrowError(
@@ -99,3 +111,16 @@ def cut_rows(rows: Path, step: int) -> None:
     fresh = rows.with_name(f".{rows.name}.{os.getpid()}")
     fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     fresh.replace(rows)
+
+
+def not_finite(
+    step: int, steps: int, loss: float, norm: float, lr: float, state: Path | None
+) -> NarrowError:
+    """The error for a step whose loss or gradient norm is not finite."""
+    last = states.latest(state) if state else None
+    kept = "No state was saved." if last is None else f"The state of step {last} is kept."
+    return NarrowError(
+        f"Step {step} of {steps}: the loss is {loss:.4g} and the norm of its gradient {norm:.4g}; "
+        f"both must be finite. The step was not taken. {kept} "
+        f"Lower the learning rate ({lr:g}), or warm up for longer."
+    )

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .cache import written_whole
 from .errors import BadInput, problems
+from .processes import cut
 
 KEPT = 2  # states on disk
 FORMAT = 1
@@ -31,7 +32,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Best:
-    """The weights with the lowest validation loss so far, on the CPU."""
+    """The weights with the lowest validation loss so far, on the CPU; in a run, one's own part."""
 
     step: int
     loss: float
@@ -40,7 +41,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run after `step` optimizer steps.
+    """A run after `step` optimizer steps. Whole tensors, however many processes share them.
 
     weights:   all that is trained, and buffers, by name.
     optimizer: its tensors, as `name of the parameter.what`.
@@ -144,7 +145,7 @@ def optimizer_tensors(optimizer: Any, params: Mapping[str, Tensor]) -> Tensors:
 
 
 def restore_optimizer(optimizer: Any, params: Mapping[str, Tensor], held: Tensors) -> None:
-    """The reverse, in place."""
+    """The reverse, in place; by every process where parameters are sharded."""
     of: dict[str, Tensors] = {}
     for full, value in held.items():
         name, _, key = full.rpartition(".")
@@ -153,14 +154,19 @@ def restore_optimizer(optimizer: Any, params: Mapping[str, Tensor], held: Tensor
     for name, p in params.items():
         if name in of:
             optimizer.state[p] = {
-                key: value.to(p.device) if beside or key != "step" else value
+                key: (cut(value, p) if value.shape == p.shape else value).to(p.device)
+                if beside or key != "step"
+                else value
                 for key, value in of[name].items()
             }
 
 
 @torch.no_grad()
 def restore_weights(named: Mapping[str, Tensor], held: Tensors) -> None:
-    """Copy held tensors into the model's own. Raises BadInput if names or shapes differ."""
+    """Copy held tensors into the model's own; by every process where these are sharded.
+
+    Raises BadInput if names or shapes differ.
+    """
     wrong = [f"{name} is in one only" for name in sorted(named.keys() ^ held.keys())]
     wrong += [
         f"{name} is {tuple(held[name].shape)} in the state and {tuple(t.shape)} in the model"
@@ -171,7 +177,7 @@ def restore_weights(named: Mapping[str, Tensor], held: Tensors) -> None:
         more = [f"… and {len(wrong) - 5} more"] if len(wrong) > 5 else []
         raise problems("The state is of another model", wrong[:5] + more)
     for name, t in named.items():
-        t.copy_(held[name])
+        t.copy_(cut(held[name], t))
 
 
 def random_state() -> dict[str, Any]:

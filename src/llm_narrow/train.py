@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -20,23 +20,27 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
+from . import processes
 from . import state as states
 from .blocks import Blocks
-from .errors import BadInput, NarrowError
+from .errors import BadInput
 from .live import Tell, watching
 from .losses import Loss, language_loss
+from .processes import WithLoss
 from .settings import TIMING, Settings
 from .startup import (
     adamw,
     check_processes,
     check_weights,
     cut_rows,
+    learned,
+    not_finite,
     tracker_names,
     training,
 )
-from .state import Best, Snapshot, Tensors
+from .state import Best, Snapshot
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,11 @@ class Step:
 
 
 class AfterStep(Protocol):
-    """Called after each optimizer step; may change weights in place.
+    """Called after each optimizer step, by every process; may change weights in place.
 
     Gives numbers to be recorded; a sequence of floats under "norms" is only drawn. If it has
-    `state_dict() -> dict` of tensors and JSON values and `load_state_dict`, they are saved.
+    `state_dict() -> dict` of tensors and JSON values and `load_state_dict`, they are saved: those
+    of the first process, for all. Sharded weights are DTensors here: see `penalties.over_shards`.
     """
 
     def __call__(self, model: Any, step: Step) -> Mapping[str, Any]:
@@ -95,6 +100,7 @@ def train(
     console: Console | None = None,
     what: str = "Training",
     expected_processes: int | None = None,
+    sharded: bool = False,
 ) -> Trained:
     """Train all parameters that require gradients, in place.
 
@@ -105,18 +111,23 @@ def train(
     recipe, the model. `rows` is a file of one JSON line per step. `trackers` by name, None for
     tensorboard where it is installed and `logs` is given. Seeds torch's generator.
 
+    With several processes each is given the whole model, and has the whole result in the end. In
+    between, DDP keeps a copy in each; `sharded` (FSDP2) keeps 1/n of weights, gradients and moments
+    in each, and the steps of one's own see a twin of the model. If `train` then raises, the given
+    model is left empty; a state holds whole tensors, and goes on with or without `sharded`.
+
     Raises BadInput for too few blocks, unfit weights, a full disk or a state of something else,
     and NarrowError where the loss or gradient is not finite or processes are missing.
     """
     chosen = tracker_names(trackers, logs)
     device = next(model.parameters()).device
-    accelerator = Accelerator(
-        cpu=device.type == "cpu", log_with=chosen or None, project_dir=logs and str(logs)
-    )
+    # A model too large for one GPU is given on the CPU, and only its shards go to the GPUs.
+    on_cpu = device.type == "cpu" and not (sharded and torch.cuda.is_available())
+    accelerator = Accelerator(cpu=on_cpu, log_with=chosen or None, project_dir=logs and str(logs))
     check_processes(accelerator.num_processes, expected_processes)
     run = _Run(
         model, blocks, loss, settings, validation, before_step, after_step, state, made_by or {},
-        rows, accelerator,
+        rows, accelerator, sharded,
     )
     if chosen:
         accelerator.init_trackers("llm-narrow", run.made_by_text())
@@ -126,13 +137,15 @@ def train(
     for warning in warnings if visible else ():
         assert visible is not None
         visible.print(warning, highlight=False)
-    with training(model, settings), watching(visible, what, run.steps, done=begun) as tell:
+    with training(run.model, settings), watching(visible, what, run.steps, done=begun) as tell:
         run.go(tell)
     for tracker in accelerator.trackers:
         tracker.finish()
     best = run.best if settings.choose == "best" else None
     if best is not None and best.step != run.step:
-        states.restore_weights(run.params, best.weights)
+        run.take(best)
+    if run.sharded:
+        processes.give_back(run.model, model)
     return Trained(
         run.step, run.step * run.tokens_per_step, run.seconds(),
         chosen=run.step if best is None else best.step,
@@ -141,26 +154,15 @@ def train(
     )
 
 
-class _WithLoss(nn.Module):
-    """The model as DDP needs it: what it wraps has to be called through its own forward."""
-
-    def __init__(self, model: Any, loss: Loss) -> None:
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.loss(self.model, tokens)
-
-
 class _Run:
     """One run: what it is given, and how far it is."""
 
     def __init__(
         self, model: Any, blocks: Blocks, loss: Loss, settings: Settings,
         validation: Blocks | None, before_step: Any, after_step: Any, state: Path | None,
-        made_by: Mapping[str, Any], rows: Path | None, accelerator: Any,
+        made_by: Mapping[str, Any], rows: Path | None, accelerator: Any, sharded: bool,
     ) -> None:  # fmt: skip
-        self.model, self.blocks, self.settings = model, blocks, settings
+        self.blocks, self.settings = blocks, settings
         self.validation, self.before_step, self.after_step = validation, before_step, after_step
         self.state, self.rows, self.accelerator = state, rows, accelerator
         self.processes: int = accelerator.num_processes
@@ -175,12 +177,18 @@ class _Run:
         self.steps = math.ceil(settings.tokens / self.tokens_per_step)
         rates = [settings.rate(n, self.steps) for n in range(self.steps, 0, -1)]
         self.lr_left = [*reversed([*accumulate(rates)]), 0.0]  # after 0, 1, … steps
-        self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        check_weights(self.params)
-        kept = model.state_dict().keys()
-        self.buffers = {n: b for n, b in model.named_buffers() if n in kept}
-        self.wrapped = accelerator.prepare_model(_WithLoss(model, loss))
+        check_weights(learned(model))
         self.device: torch.device = accelerator.device
+        self.sharded = sharded and self.processes > 1
+        self.wrapped: Any = (
+            processes.shard(model, loss, device=self.device, bf16=settings.bf16)
+            if self.sharded
+            else accelerator.prepare_model(WithLoss(model, loss))
+        )
+        self.model = self.wrapped.model if self.sharded else model
+        self.params = learned(self.model)
+        kept = self.model.state_dict().keys()
+        self.buffers = {n: b for n, b in self.model.named_buffers() if n in kept}
         self.optimizer = adamw(self.params, settings)
         self.made_by = {
             **{k: v for k, v in asdict(settings).items() if k not in TIMING},
@@ -237,10 +245,11 @@ class _Run:
         if self.before_step is not None:
             self.before_step(self.model, step)
         limit = math.inf if s.clip is None else s.clip
-        norm = float(self.accelerator.clip_grad_norm_(self.params.values(), limit))
+        clipped = self.accelerator.clip_grad_norm_(self.params.values(), limit)
+        norm = float(processes.whole(clipped))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.optimizer.zero_grad()
-            raise NarrowError(self._not_finite(n, loss, norm))
+            raise not_finite(n, self.steps, loss, norm, s.lr, self.state)
         for group in self.optimizer.param_groups:
             group["lr"] = step.lr
         self.optimizer.step()
@@ -264,11 +273,12 @@ class _Run:
         total = torch.zeros((), device=self.device)
         for start in range(0, share, s.batch_size):
             tokens = self.blocks.tokens[order[start : start + s.batch_size]].long()
-            last = start + s.batch_size == share
-            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+            # Shards are too small to hold a gradient that is not yet added up and cut.
+            adds_up = self.sharded or start + s.batch_size == share
+            with nullcontext() if adds_up else self.accelerator.no_sync(self.wrapped):
                 with self._precision():
                     mean = self.wrapped(tokens.to(self.device)) / targets
-                # DDP takes the mean over processes, where the sum is wanted.
+                # DDP and FSDP2 take the mean over processes, where the sum is wanted.
                 self.accelerator.backward(mean * self.processes)
             total += mean.detach()
         return total
@@ -285,36 +295,58 @@ class _Run:
         """The language loss on the validation blocks, whatever is trained on; keeps the best."""
         assert self.validation is not None
         batches = self.validation.batches(self.settings.batch_size)
+        mine = processes.share(batches)
+        # Shards are gathered by all processes or none: who has no batch left repeats one.
+        idle = self.sharded and len(mine) * self.processes < len(batches)
         self.model.eval()
         total = 0.0
-        for batch in batches[self.accelerator.process_index :: self.processes]:
+        for k, batch in enumerate([*mine, *batches[:idle]]):
             with self._precision():
-                total += float(language_loss(self.model, batch.to(self.device)))
+                loss = self._language_loss(batch.to(self.device))
+            total += float(loss) if k < len(mine) else 0.0
         self.model.train()
+        if self.sharded:
+            self.wrapped.reshard()  # the root stays whole after a forward without a backward
         if self.processes > 1:
             summed = torch.tensor(total, dtype=torch.float64, device=self.device)
             total = float(self.accelerator.reduce(summed, "sum"))
         count, length = self.validation.tokens.shape
-        loss = total / (count * (length - 1))
-        self.latest = self.unseen = loss
-        if math.isfinite(loss) and (self.best is None or loss < self.best.loss):
+        mean = total / (count * (length - 1))
+        self.latest = self.unseen = mean
+        if math.isfinite(mean) and (self.best is None or mean < self.best.loss):
             held = self.best.weights if self.best else {n: None for n in self.params}
             if self.settings.choose == "best":
-                self.best = Best(self.step, loss, _copied(self.params, held))
-        return loss
+                self.best = Best(self.step, mean, processes.copied(self.params, held))
+        return mean
+
+    def _language_loss(self, tokens: Tensor) -> Tensor:
+        if self.sharded:
+            found: Tensor = self.wrapped(tokens, language_loss)
+            return found
+        return language_loss(self.model, tokens)
+
+    @torch.no_grad()
+    def take(self, best: Best) -> None:
+        """Put the best weights into the model."""
+        for name, p in self.params.items():
+            processes.own(p).copy_(best.weights[name])
 
     def _save(self) -> None:
         assert self.state is not None
         drawn = gather_object([states.random_state()])
+        weights = processes.gathered({**self.params, **self.buffers})
+        optimizer = processes.gathered(states.optimizer_tensors(self.optimizer, self.params))
+        best = self.best
+        if best is not None and best.step != self.step:  # else it is in `weights`
+            parts = {n: processes.joined(best.weights[n], p) for n, p in self.params.items()}
+            best = replace(best, weights=processes.gathered(parts))
         if self.accelerator.is_main_process:
             facts = {
                 "first": self.first, "latest": self.latest, "unseen": self.unseen,
                 "seconds": self.seconds(),
             }
             after: dict[str, Any] = getattr(self.after_step, "state_dict", dict)()
-            optimizer = states.optimizer_tensors(self.optimizer, self.params)
-            weights: Tensors = {**self.params, **self.buffers}
-            snapshot = Snapshot(self.step, weights, optimizer, self.best, after, drawn, facts)
+            snapshot = Snapshot(self.step, weights, optimizer, best, after, drawn, facts)
             states.save(self.state, snapshot, self.made_by)
         self.accelerator.wait_for_everyone()
         self.saved = time.monotonic()
@@ -330,6 +362,10 @@ class _Run:
             if hasattr(self.after_step, "load_state_dict"):
                 self.after_step.load_state_dict(dict(held.after))
             self.step, self.best = held.step, held.best
+            if held.best is not None:
+                parts = {n: processes.cut(held.best.weights[n], p) for n, p in self.params.items()}
+                mine = processes.copied(parts, {n: None for n in parts})
+                self.best = replace(held.best, weights=mine)
             self.first, self.latest = held.facts["first"], held.facts["latest"]
             self.unseen, self.before = held.facts["unseen"], held.facts["seconds"]
         else:
@@ -345,15 +381,6 @@ class _Run:
             with self.rows.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(row) + "\n")
 
-    def _not_finite(self, step: int, loss: float, norm: float) -> str:
-        last = states.latest(self.state) if self.state else None
-        kept = "No state was saved." if last is None else f"The state of step {last} is kept."
-        return (
-            f"Step {step} of {self.steps}: the loss is {loss:.4g} and the norm of its gradient "
-            f"{norm:.4g}; both must be finite. The step was not taken. {kept} "
-            f"Lower the learning rate ({self.settings.lr:g}), or warm up for longer."
-        )
-
 
 @lru_cache(maxsize=2)
 def _order(count: int, seed: int, epoch: int) -> list[int]:
@@ -361,14 +388,6 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed + 1_000_003 * epoch)
     order: list[int] = torch.randperm(count, generator=generator).tolist()
     return order
-
-
-def _copied(params: Mapping[str, Tensor], into: Mapping[str, Tensor | None]) -> Tensors:
-    """Copies on the CPU, in the memory of the copies before where there are some."""
-    return {
-        name: p.detach().to("cpu", copy=True) if (old := into[name]) is None else old.copy_(p)
-        for name, p in params.items()
-    }
 
 
 def _is_number(value: object) -> bool:

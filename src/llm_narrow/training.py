@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from . import inputs, work
+from . import inputs, processes, work
 from .blocks import Blocks
 from .distill import cached_distill_loss, cached_teacher, distill_loss
 from .errors import BadInput, NarrowError
@@ -80,10 +80,11 @@ def text(start: Inputs, recipe: Recipe, *, track: Track) -> Text:
     # Documents lie end to end: only the last free blocks can share one with the validation.
     while free > 0 and packed.documents[free - 1, -1] == packed.documents[free, 0]:
         free -= 1
-    if free < recipe.blocks.batch_size * recipe.train.accumulation:
+    per_step = recipe.blocks.batch_size * recipe.train.accumulation * processes.count()
+    if free < per_step:
         raise BadInput(
             f"The training part of {start.domain.name} has {count} blocks of {length} tokens. One "
-            f"step takes {recipe.blocks.batch_size * recipe.train.accumulation}, beside {apart} "
+            f"step takes {per_step}, beside {apart} "
             "for validation. Give more text, or a smaller --batch-size or --validation-tokens."
         )
     rest = packed.only(torch.arange(free)).take(free * length, seed=recipe.seed)
@@ -260,7 +261,7 @@ def _trained(
         before_step=drawing.before if drawing is not None else None, after_step=drawing,
         state=folder / f"{part}-state", rows=folder / f"{part}.jsonl", logs=folder / "logs" / part,
         made_by={"model": start.loaded.sha256, "part": part, "recipe": _settled(recipe)},
-        trackers=t.trackers, console=lessons.console,
+        trackers=t.trackers, sharded=t.sharded, console=lessons.console,
         what={"lasso": "Drawing units to zero", "recover": "Recovering"}[part],
     )  # fmt: skip
 
@@ -272,8 +273,8 @@ def _settled(recipe: Recipe) -> dict[str, Any]:
 
 def _steps(recipe: Recipe, tokens: int) -> int:
     """Optimizer steps that the tokens make."""
-    per_step = recipe.blocks.batch_size * recipe.train.accumulation * recipe.blocks.length
-    return math.ceil(tokens / per_step)
+    blocks = recipe.blocks.batch_size * recipe.train.accumulation * processes.count()
+    return math.ceil(tokens / (blocks * recipe.blocks.length))
 
 
 def _facts(trained: Trained, recipe: Recipe) -> dict[str, Any]:

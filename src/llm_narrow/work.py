@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from . import processes
 from .cache import written_whole
 from .errors import BadInput
 
@@ -66,7 +67,12 @@ class Work:
             ) from None
 
     def finish(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Keep what a part left, whole or not at all."""
+        """Keep what a part left, whole or not at all. Every process has to call it."""
+        if processes.first():
+            self._write(name, tensors, facts)
+        processes.wait()
+
+    def _write(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         with written_whole(self.folder / name, force=True) as fresh:
             plain = {name: t.contiguous() for name, t in tensors.items()}
             save_file(plain, fresh / "tensors.safetensors")
@@ -74,7 +80,8 @@ class Work:
 
     def done(self) -> None:
         """The run folder is written: nothing of this is needed any more."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if processes.first():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def unfinished(place: Path) -> Path:
@@ -89,6 +96,15 @@ def begin(place: Path, job: Job, *, force: bool = False) -> Work:
     differs.
     """
     folder = unfinished(place)
+    if not processes.first():
+        processes.wait()  # until the first one has begun it
+        return Work(folder, place, False)
+    work = _begun(folder, place, job, force)
+    processes.wait()
+    return work
+
+
+def _begun(folder: Path, place: Path, job: Job, force: bool) -> Work:
     if folder.exists():
         differ = _differences(read(place).same(), job.same())
         if not differ:
