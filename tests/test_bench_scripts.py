@@ -198,3 +198,14 @@ def test_survival_kills_a_run_and_compares(
     assert row["equal"] and len(row["kills"]) == 2
     assert row["kills"][0]["part"] == "text and scores"
     assert row["left"] == ["killed", "whole"]
+
+
+def test_steps_times_every_kind_in_turns(script: Any, tmp_path: Path) -> None:
+    steps, options = script("steps")
+    steps.main([*options, "--turns", "2", "--steps", "2"])
+    found = written(tmp_path)
+    assert [r["kind"] for r in found["rows"]] == list(steps.KINDS)
+    assert all(len(r["seconds"]) == 4 and min(r["seconds"]) > 0 for r in found["rows"])
+    assert min(found["about"]["peaks"].values()) > 1e8
+    table = (tmp_path / "docs" / "result.md").read_text("utf-8").splitlines()
+    assert table[2].endswith("| 1.000 |")

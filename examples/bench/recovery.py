@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     console = results.console_of()
     wanted = [
-        (method, float(sparsity), "0" if method == "refit" else budget)
+        (method, float(sparsity), budget)
         for sparsity in args.sparsities.split(",")
         for method in args.methods.split(",")
         for budget in (args.budgets.split(",") if method != "refit" else [""])
