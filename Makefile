@@ -31,7 +31,7 @@ $(VENV)/made: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (a few minutes the first time) …"
 	@$(PIP) pip setuptools
-	@$(PIP) --no-build-isolation -e .
+	@$(PIP) --no-build-isolation -e '.[report,tracking]'
 	@touch $@
 
 $(VENV)/made-dev: $(VENV)/made

@@ -29,6 +29,12 @@ def cache(
     yield folder
 
 
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without report.html, which takes seconds: `finished` and test_page have it."""
+    monkeypatch.setattr("llm_narrow.outcome.draw", lambda *args: None)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llama on disk. Do not write to it."""

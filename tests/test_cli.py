@@ -23,7 +23,8 @@ CHANGED = {
     "--no-refit": None, "--no-speed": None,
     "--method": "lasso", "--lasso-tokens": "4k", "--lasso-lr": "1e-3", "--control": "timetable",
     "--strength": "2", "--weights": "one",
-    "--no-fill": None, "--recover-tokens": "1M", "--recover-method": "lora", "--lora-rank": "2",
+    "--no-report": None, "--no-fill": None,
+    "--recover-tokens": "1M", "--recover-method": "lora", "--lora-rank": "2",
     "--lr": "1e-3", "--distill": "none", "--teacher": "other", "--temperature": "2",
     "--mix": "0.5", "--top-k": "8", "--schedule": "constant", "--warmup": "0.1",
     "--accumulation": "2", "--clip": "2", "--weight-decay": "0.1", "--checkpointing": None,
@@ -61,7 +62,8 @@ def test_no_flag_of_prune_is_dead(settled: Any) -> None:
     plain = settled(*names)
     command = typer.main.get_command(cli.app).commands["prune"]  # type: ignore[attr-defined]
     options = {o.opts[0] for o in command.params} - {"--help"}
-    negative = {"--refit": "--no-refit", "--speed": "--no-speed", "--fill": "--no-fill"}
+    negative = {"--refit": "--no-refit", "--speed": "--no-speed", "--fill": "--no-fill",
+                "--report": "--no-report"}  # fmt: skip
     tried = {negative.get(option, option) for option in options - ABOUT_THE_CALL}
     assert tried == {*CHANGED, "--step", "--penalty"}
     for option, value in CHANGED.items():

@@ -24,7 +24,8 @@ def test_prune_writes_a_whole_run_folder(finished: Finished) -> None:
     run, told = finished.folder, finished.told
     assert left_behind(run.parent) == ["run"]
     assert left_behind(run) == [
-        "manifest.json", "model", "recipe.yaml", "report.md", "rows.jsonl", "scores.safetensors"
+        "figures", "manifest.json", "model", "recipe.yaml", "report.html", "report.md",
+        "rows.csv", "rows.jsonl", "scores.safetensors",
     ]  # fmt: skip
     assert {"README.md", "config.json", "keep.safetensors", "manifest.json", "recipe.yaml",
             "tokenizer.json"} <= set(left_behind(run / "model"))  # fmt: skip

@@ -32,6 +32,7 @@ from .options import (
     RECOVERY,
     REFIT,
     SCORING,
+    SHOWN,
     SIZE,
     SOURCE,
     TEXT,
@@ -88,7 +89,7 @@ PRUNE = (*SOURCE, *SIZE, *TEXT, *ORIGIN, *SCORING, *REFIT)
 @app.command()
 @taking(
     *PRUNE, "method", *LASSO, "fill", "recover_tokens", *RECOVERY, *TRAINING, *MEASUREMENT,
-    "samples", *MACHINE,
+    *SHOWN, *MACHINE,
 )  # fmt: skip
 def prune(
     context: typer.Context,
@@ -127,7 +128,7 @@ def prune(
 @app.command()
 @taking(
     *SOURCE, "sparsity", "target_params", "allocation", "multiple", *TEXT, *ORIGIN, *SCORING,
-    *LASSO, *TRAINING, *MEASUREMENT, "samples", *MACHINE,
+    *LASSO, *TRAINING, *MEASUREMENT, *SHOWN, *MACHINE,
 )  # fmt: skip
 def regularize(
     context: typer.Context,
@@ -153,7 +154,7 @@ def regularize(
 
 
 @app.command()
-@taking("domain", *TEXT, *ORIGIN, *RECOVERY, *TRAINING, *MEASUREMENT, "samples", *MACHINE)
+@taking("domain", *TEXT, *ORIGIN, *RECOVERY, *TRAINING, *MEASUREMENT, *SHOWN, *MACHINE)
 def recover(
     context: typer.Context,
     given: Given,
@@ -273,6 +274,27 @@ def bench(
 
     result = benchmark.bench(settled, models, console=_console(quiet))
     _print(json, result.facts(), show.bench(result))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders: one, or several to compare.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to write to; that of a single run.")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse runs that are missing or half-written.")
+    ] = False,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write report.html, report.md, figures and a CSV of one run, or of several side by side."""
+    from . import show
+    from .outcome import reported
+
+    result = reported(runs, out, strict=strict, console=_console(quiet))
+    _print(json, asdict(result), show.reported(result))
 
 
 @app.command()

@@ -87,6 +87,7 @@ OPTIONS: dict[str, Any] = {
     "held_out_tokens": _tokens("Tokens to measure on."),
     "speed": _switch("Measure tokens/s.", "--speed/--no-speed"),
     "samples": _whole("Completions to show."),
+    "report": _switch("Draw report.html.", "--report/--no-report"),
     "seed": _whole("Seed of every choice."),
     "device": _text("auto, cpu, mps, cuda or cuda:N."),
     "dtype": _text("float32, bfloat16, float16."),
@@ -106,6 +107,7 @@ TRAINING = (
     "save_every_minutes", "trackers",
 )  # fmt: skip
 MEASUREMENT = ("held_out_tokens", "speed")
+SHOWN = ("samples", "report")
 MACHINE = ("seed", "device", "dtype")
 
 

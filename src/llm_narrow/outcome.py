@@ -5,9 +5,12 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
 
 from . import benchmark, checkpoint, inputs, measure, processes, report
 from . import rows as rowfile
@@ -22,6 +25,12 @@ from .progress import Track
 from .recipe import Recipe
 from .rows import Row
 from .units import Group, Keep
+
+if TYPE_CHECKING:
+    from .page import Written
+
+
+DRAWING = ("matplotlib", "jinja2")  # what the extra `report` installs
 
 
 @contextmanager
@@ -128,7 +137,9 @@ def finished(
     return tuple(rows)
 
 
-def write_run(run: Path, recipe: Recipe, facts: Mapping[str, Any], rows: Sequence[Row]) -> None:
+def write_run(
+    run: Path, recipe: Recipe, facts: Mapping[str, Any], rows: Sequence[Row], console: Console
+) -> None:
     """Write the files of the run folder that tell about it, if it has been measured."""
     if not rows:
         return
@@ -139,6 +150,36 @@ def write_run(run: Path, recipe: Recipe, facts: Mapping[str, Any], rows: Sequenc
     (run / "model" / "README.md").write_text(model_card(facts, rows), encoding="utf-8")
     rowfile.append(run / "rows.jsonl", rows)
     (run / "report.md").write_text(report.markdown(run), encoding="utf-8")
+    if recipe.measure.report:
+        draw(run, console)
+
+
+def draw(run: Path, console: Console) -> None:
+    """Write report.html with its figures, where what draws them is installed."""
+    if any(find_spec(name) is None for name in DRAWING):
+        console.print("No report.html: pip install 'llm-narrow[report]', then `llm-narrow report`.")
+        return
+    from .page import write
+
+    for warning in write([run], run).warnings:
+        console.print(warning, highlight=False)
+
+
+def reported(
+    runs: Sequence[Path], out: Path | None, *, strict: bool, console: Console
+) -> "Written":
+    """The report of run folders, as `llm-narrow report` writes it.
+
+    Raises BadInput where what draws it is not installed, and what `page.write` raises.
+    """
+    if out is None and len(runs) > 1:
+        raise BadInput("A report of several runs needs a folder of its own: give --out.")
+    if any(find_spec(name) is None for name in DRAWING):
+        raise BadInput("Reports are drawn with more packages: pip install 'llm-narrow[report]'.")
+    from .page import write
+
+    console.print(f"Reporting {len(runs)} run{'s' * (len(runs) > 1)}")
+    return write(list(runs), out or runs[0], strict=strict)
 
 
 def take_training(run: Path, folder: Path) -> None:

@@ -149,6 +149,7 @@ FLAGS: dict[str, str] = {
     "held_out_tokens": "measure.held_out_tokens",
     "speed": "measure.speed",
     "samples": "measure.samples",
+    "report": "measure.report",
     "seed": "seed",
     "device": "device",
     "dtype": "dtype",

@@ -96,7 +96,7 @@ def recover(
             # What was removed from the original is still what its run said.
             shutil.copyfile(source / "model" / checkpoint.KEEP, run / "model" / checkpoint.KEEP)
         outcome.take_training(run, left.folder)
-        outcome.write_run(run, recipe, facts, rows)
+        outcome.write_run(run, recipe, facts, rows, console)
     left.done()
     plan = priced(model, start.all_groups, keep)
     return Pruned(model, start.loaded.tokenizer, place, rows, plan, facts)

@@ -220,3 +220,4 @@ class Measure(Section):
     held_out_tokens: Count = Field(32768, ge=1, description=TOKENS)
     speed: bool = Field(True, description="true or false")
     samples: int = Field(1, ge=0, description="a whole number of at least 0")
+    report: bool = Field(True, description="true or false")

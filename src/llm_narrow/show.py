@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .benchmark import Bench
     from .domains import DomainRow
     from .models import ModelRow
+    from .page import Written
     from .plan import Plan
     from .rows import Row
     from .scoring import Scored
@@ -74,6 +75,11 @@ def pruned(result: "Pruned") -> RenderableType:
         for label in ("before", "after")
     ]
     return Group(rows(result.rows), *texts, f"Written to {result.folder}; see report.md there.")
+
+
+def reported(result: "Written") -> RenderableType:
+    """Where the report is, and what was wrong with the runs."""
+    return Group(*result.warnings, f"{result.html} ({size(result.bytes)} with its figures)")
 
 
 def scored(result: "Scored") -> RenderableType:

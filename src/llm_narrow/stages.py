@@ -119,7 +119,7 @@ def prune(
         shutil.copyfile(scored.path, run / "scores.safetensors")
         if left:
             outcome.take_training(run, left.folder)
-        outcome.write_run(run, recipe, facts, rows)
+        outcome.write_run(run, recipe, facts, rows, console)
     if left:
         left.done()
     return Pruned(start.loaded.model, start.loaded.tokenizer, place, rows, plan, facts)
