@@ -206,7 +206,7 @@ class Fit:
     given: Tensor  # output positions that stay, (out,) int64
     square: Tensor  # A A', (n, n) float32
     cross: Tensor  # A T', (n, out) float32
-    energy: float = 0.0  # |T|^2
+    energy: Tensor  # |T|^2 of each output, (out,) float64
 
     @classmethod
     def of(
@@ -224,7 +224,8 @@ class Fit:
         kept, given = staying(s.dim), staying(1 - s.dim)
         zeros = torch.zeros(len(kept), len(kept) + len(given), device=weight.device)
         square, cross = zeros.split([len(kept), len(given)], dim=1)
-        return cls(group, s, kept, given, square.contiguous(), cross.contiguous())
+        energy = torch.zeros(len(given), dtype=torch.float64, device=weight.device)
+        return cls(group, s, kept, given, square.contiguous(), cross.contiguous(), energy)
 
     def without(self, gone: Mapping[tuple[str, int], Tensor]) -> "Fit":
         """The same statistics for fewer inputs and outputs."""
@@ -240,6 +241,7 @@ class Fit:
             given=self.given[out],
             square=self.square[n][:, n],
             cross=self.cross[n][:, out],
+            energy=self.energy[out],
         )
 
     def add(self, activations: Tensor, wanted: Tensor, kept_only: bool = False) -> None:
@@ -249,14 +251,13 @@ class Fit:
         t = wanted.reshape(-1, wanted.shape[-1]).index_select(1, self.given).float()
         self.square.addmm_(a.T, a)
         self.cross.addmm_(a.T, t)
-        self.energy += float(t.square().sum())
+        self.energy += t.square().sum(0, dtype=torch.float64)
 
     def add_up(self) -> None:
         """Make the statistics those of the batches of all processes."""
         summed(self.square)
         summed(self.cross)
-        energy = torch.tensor(self.energy, dtype=torch.float64, device=self.square.device)
-        self.energy = float(summed(energy))
+        summed(self.energy)
 
     def weight(self, model: Any) -> Tensor:
         """The reading matrix as it stands in the model, (n, out); a view."""
@@ -270,9 +271,10 @@ class Fit:
         system = self.square + ridge * torch.eye(len(self.square), device=weight.device)
         fitted = torch.linalg.solve(system, self.cross + ridge * weight.float())
         weight.copy_(fitted)
-        left = self.energy - 2 * float((fitted * self.cross).sum())
+        whole = float(self.energy.sum())
+        left = whole - 2 * float((fitted * self.cross).sum())
         left += float((fitted * (self.square @ fitted)).sum())
-        return max(left, 0.0) / max(self.energy, 1e-12)
+        return max(left, 0.0) / max(whole, 1e-12)
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer is called with beside hidden states
