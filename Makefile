@@ -12,7 +12,7 @@ demo: $(VENV)/made
 	$(BIN)/llm-narrow prune --model smollm2-135m --domain python --out $(OUT) --force
 
 test: $(VENV)/made-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/made-dev
 	$(BIN)/ruff check .
@@ -43,3 +43,6 @@ bench: $(VENV)/made-dev
 	$(BIN)/python examples/bench/criteria.py
 	$(BIN)/python examples/bench/peers.py
 	$(BIN)/python examples/bench/costs.py
+	$(BIN)/python examples/bench/steps.py
+	$(BIN)/python examples/bench/recovery.py
+	$(BIN)/python examples/bench/survival.py

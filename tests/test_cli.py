@@ -116,9 +116,9 @@ def test_version(run: Any) -> None:
 def test_the_public_names() -> None:
     assert llm_narrow.__all__ == sorted(llm_narrow.__all__)
     assert llm_narrow.__all__ == [
-        "BadInput", "Bench", "Inspected", "Loaded", "NarrowError", "Plan", "Pruned", "Recipe",
-        "Scored", "TargetOutOfReach", "UnknownName", "Unreachable", "__version__", "bench",
-        "inspect", "load", "prune", "score",
+        "BadInput", "Bench", "Compared", "Inspected", "Loaded", "NarrowError", "Plan", "Pruned",
+        "Recipe", "Scored", "TargetOutOfReach", "UnknownName", "Unreachable", "__version__",
+        "bench", "compare", "inspect", "load", "prune", "recover", "resume", "score",
     ]  # fmt: skip
     assert all(getattr(llm_narrow, name) is not None for name in llm_narrow.__all__)
     assert set(llm_narrow.__all__) <= set(dir(llm_narrow))

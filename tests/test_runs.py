@@ -109,7 +109,8 @@ def test_every_setting_is_read(
             {"sparsity": 0.5},
             {"target_params": "90%", "kinds": "neurons"},
             {**LEARNT, "method": "lasso", "distill": "cached"},
-            {**LEARNT, "method": "lasso", "step": "gradient", "control": "fixed"},
+            {**LEARNT, "method": "lasso", "step": "gradient", "control": "fixed",
+             "recover_method": "lora", "lora_rank": 2},
         )
     ]
     plain = Section.__getattribute__

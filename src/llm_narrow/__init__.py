@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .anatomy import Inspected, inspect
     from .benchmark import Bench, bench
+    from .compare_runs import Compared, compare
     from .errors import BadInput, NarrowError, TargetOutOfReach, UnknownName, Unreachable
     from .models import Loaded, load
     from .plan import Plan
     from .recipe import Recipe
+    from .recovery import recover, resume
     from .scoring import Scored
     from .stages import Pruned, prune, score
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BadInput",
     "Bench",
+    "Compared",
     "Inspected",
     "Loaded",
     "NarrowError",
@@ -34,19 +37,24 @@ __all__ = [
     "Unreachable",
     "__version__",
     "bench",
+    "compare",
     "inspect",
     "load",
     "prune",
+    "recover",
+    "resume",
     "score",
 ]
 
 _HOMES = {
     "anatomy": ("Inspected", "inspect"),
     "benchmark": ("Bench", "bench"),
+    "compare_runs": ("Compared", "compare"),
     "errors": ("BadInput", "NarrowError", "TargetOutOfReach", "UnknownName", "Unreachable"),
     "models": ("Loaded", "load"),
     "plan": ("Plan",),
     "recipe": ("Recipe",),
+    "recovery": ("recover", "resume"),
     "scoring": ("Scored",),
     "stages": ("Pruned", "prune", "score"),
 }

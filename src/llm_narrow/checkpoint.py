@@ -104,7 +104,7 @@ def write(
         raise problems(str(folder), [f"{name} keeps no unit; keep at least one" for name in empty])
     dtype = dtype or model.dtype
     whole = _composed(getattr(model, "narrow_keep", {}), keep)
-    config = _uniform_config(original_config, groups, whole, keep)
+    config = uniform_config(original_config, groups, whole, keep)
     layout: Layout = "uneven" if config is None else "uniform"
     twin = _skeleton(original_config if config is None else config, dtype)
     if layout == "uneven":
@@ -190,7 +190,7 @@ def _composed(earlier: Keep, keep: Keep) -> Keep:
     return whole
 
 
-def _uniform_config(original: Any, groups: Sequence[Group], whole: Keep, keep: Keep) -> Any | None:
+def uniform_config(original: Any, groups: Sequence[Group], whole: Keep, keep: Keep) -> Any | None:
     """The config of a stock class that says what is left; None if there is none."""
     sizes: dict[str, int] = {}
     for g in groups:

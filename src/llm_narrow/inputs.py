@@ -120,7 +120,13 @@ def domain_of(recipe: Recipe, *, track: Track = silent) -> Domain:
 
 def _asked(recipe: Recipe) -> dict[str, Any]:
     """The options of the domain, by name."""
-    return recipe.domain.model_dump(exclude={"name"})
+    d = recipe.domain
+    return {
+        "glob": d.glob,
+        "text_column": d.text_column,
+        "project_column": d.project_column,
+        "max_documents": d.max_documents,
+    }
 
 
 def groups_of(groups: Sequence[Group], kinds: Sequence[Kind]) -> tuple[Group, ...]:

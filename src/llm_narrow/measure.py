@@ -281,7 +281,7 @@ def complete(model: Any, tokenizer: Any, prompt: str, *, new_tokens: int = 64) -
                 "Give a shorter prompt."
             )
         new_tokens = min(new_tokens, most - len(ids))
-    stop = _stop_tokens(model, tokenizer)
+    stop = stop_tokens(model, tokenizer)
     device = next(model.parameters()).device
     written: list[int] = []
     with evaluating(model):
@@ -299,7 +299,8 @@ def complete(model: Any, tokenizer: Any, prompt: str, *, new_tokens: int = 64) -
     return str(tokenizer.decode(written, skip_special_tokens=True))
 
 
-def _stop_tokens(model: Any, tokenizer: Any) -> set[int]:
+def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The ids of all tokens that end a text."""
     stop: set[int] = set()
     for owner in (getattr(model, "generation_config", None), model.config, tokenizer):
         found = getattr(owner, "eos_token_id", None)

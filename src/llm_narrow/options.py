@@ -1,14 +1,22 @@
-"""The flags of the command line that are settings of a recipe, each declared once.
+"""What the commands share: flags, each declared once, and how they are read and answered.
 
 Imports nothing heavy: this is read for `--help`.
 """
 
 import inspect
+import json as json_text
+import shlex
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from .recipe import Recipe
 
 Given = Mapping[str, object]  # name of a setting -> value, None where its flag was not given
 
@@ -32,6 +40,14 @@ def _switch(words: str, *names: str) -> Any:
 def _tokens(words: str) -> Any:
     return _text(words, metavar="TOKENS")
 
+
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", help="A YAML recipe; flags are laid over it.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only the result.")]
+Debug = Annotated[bool, typer.Option("--debug", help="A traceback with errors.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what --out names.")]
 
 OPTIONS: dict[str, Any] = {
     "model": _text("An alias (see `models`), a hub id, a folder or a .gguf file."),
@@ -136,3 +152,47 @@ def taking(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         return run
 
     return decorate
+
+
+def settled(
+    file: Path | None, given: Given, spell: Callable[[str], str] = lambda name: flag(name)
+) -> "Recipe":
+    """The recipe of `file` with the flags that were given laid over it."""
+    from . import recipe
+    from .scores import CRITERIA
+
+    return recipe.load(file, given, criteria=CRITERIA, spell=spell)
+
+
+def line_of(context: typer.Context) -> str:
+    """The command as it was typed."""
+    return shlex.join(["llm-narrow", *context.obj])
+
+
+def flag(name: str) -> str:
+    """The flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def told_on(quiet: bool) -> "Console":
+    """Where everything but the result goes."""
+    from rich.console import Console
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    return Console(stderr=True, quiet=quiet)
+
+
+def answer(json: bool, facts: Mapping[str, object], tables: "RenderableType") -> None:
+    """Print the result, as JSON or as tables; of several processes only the first does."""
+    from .processes import first
+
+    if not first():
+        return
+    if json:
+        print(json_text.dumps(facts, indent=2, default=str))
+    else:
+        from rich.console import Console
+
+        Console().print(tables)

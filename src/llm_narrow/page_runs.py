@@ -144,13 +144,18 @@ def curve_points(curve: Curve, column: str) -> tuple[NDArray[np.float64], NDArra
 def whole_curve(run: Run) -> tuple[NDArray[np.float64], NDArray[np.float64], str]:
     """Tokens from the start of the first stage and the loss after them, and which loss it is.
 
-    The loss on the validation blocks; where none was measured, the training loss, each point the
-    mean of a fiftieth of the steps. Both empty if the run did not train.
+    While the lasso draws units to zero the model is still whole, so that its losses are not those
+    of the size: where a stage follows, only the lasso's tokens count. The loss is that on the
+    validation blocks; where none was measured, that of training, each point the mean of a fiftieth
+    of the steps. Both empty if the run did not train.
     """
     for column in ("validation", "loss"):
         parts, begun = [], 0.0
         for stage in STAGES:
             if (curve := run.curves.get(stage)) is None:
+                continue
+            if stage == "lasso" and "recover" in run.curves:
+                begun += float(curve["tokens"].max())
                 continue
             tokens, values = curve_points(curve, column)
             parts.append((tokens + begun, values))

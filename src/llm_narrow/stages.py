@@ -81,7 +81,7 @@ def prune(
         unfinished(place, job, recipe, console, wanted=not dry_run, force=force) as left,
     ):
         start, blocks, scored = _scored(recipe, scores, console, track, clock)
-        plan = _planned(recipe, start, scored.scores)
+        plan = planned(recipe, start, scored.scores)
         facts: dict[str, Any] = {
             "command": line,
             "versions": versions(),
@@ -106,9 +106,9 @@ def prune(
         original_config = copy.deepcopy(start.loaded.model.config)
         lessons = left and _lessons(recipe, start, left, facts, console, track, clock)
         if lessons and recipe.prune.method == "lasso":
-            plan = _aligned(run, recipe, lessons, scored, plan, facts, clock)
+            plan = drawn_to_zero(run, recipe, lessons, scored, plan, facts, clock)
         with clock.stage("refit and remove"):
-            facts["refit"] = _refitted(recipe, start, blocks, plan, facts, left, track)
+            facts["refit"] = refitted(recipe, start, blocks, plan, facts, left, track)
         if lessons and recipe.recover.tokens:
             with clock.stage("recover"):
                 facts["recover"] = training.recover(lessons)
@@ -213,7 +213,8 @@ def _scored(
     return start, blocks, scored
 
 
-def _planned(recipe: Recipe, start: Inputs, scores: Scores) -> Plan:
+def planned(recipe: Recipe, start: Inputs, scores: Scores) -> Plan:
+    """What the recipe removes by these scores."""
     model, p = start.loaded.model, recipe.prune
     if (by_kind := p.sparsity_by_kind) is not None:
         return by_sparsity(
@@ -267,7 +268,7 @@ def _lessons(
     return training.Lessons(start, recipe, text, left, console, track)
 
 
-def _aligned(
+def drawn_to_zero(
     run: Path, recipe: Recipe, lessons: training.Lessons, scored: Scored, plan: Plan,
     facts: dict[str, Any], clock: Clock,
 ) -> Plan:  # fmt: skip
@@ -282,7 +283,7 @@ def _aligned(
     }
     start = lessons.start
     if recipe.lasso.fill:
-        chosen = _planned(recipe, start, scores)
+        chosen = planned(recipe, start, scores)
     else:
         chosen = of_zeros(
             start.loaded.model, start.all_groups, aligned.keep, recipe.prune.allocation,
@@ -302,7 +303,7 @@ def _aligned(
     return chosen
 
 
-def _refitted(
+def refitted(
     recipe: Recipe, start: Inputs, blocks: Blocks, plan: Plan, told: Mapping[str, Any],
     left: Work | None, track: Track,
 ) -> dict[str, Any]:  # fmt: skip

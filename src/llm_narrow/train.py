@@ -285,7 +285,7 @@ class _Run:
 
     def _block(self, place: int) -> int:
         count = len(self.blocks.tokens)
-        return _order(count, self.settings.seed, place // count)[place % count]
+        return order_of_blocks(count, self.settings.seed, place // count)[place % count]
 
     def _precision(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16)
@@ -383,7 +383,7 @@ class _Run:
 
 
 @lru_cache(maxsize=2)
-def _order(count: int, seed: int, epoch: int) -> list[int]:
+def order_of_blocks(count: int, seed: int, epoch: int) -> list[int]:
     """The order of the blocks in an epoch."""
     generator = torch.Generator().manual_seed(seed + 1_000_003 * epoch)
     order: list[int] = torch.randperm(count, generator=generator).tolist()

@@ -106,7 +106,7 @@ def begin(place: Path, job: Job, *, force: bool = False) -> Work:
 
 def _begun(folder: Path, place: Path, job: Job, force: bool) -> Work:
     if folder.exists():
-        differ = _differences(read(place).same(), job.same())
+        differ = differences(read(place).same(), job.same())
         if not differ:
             return Work(folder, place, True)
         if not force:
@@ -151,13 +151,13 @@ def weights(model: Any) -> dict[str, Tensor]:
     return {name: p.detach().cpu() for name, p in model.named_parameters()}
 
 
-def _differences(was: Any, now: Any, path: str = "") -> list[str]:
+def differences(was: Any, now: Any, path: str = "") -> list[str]:
     """Every key of nested mappings whose values differ, as a line."""
     if isinstance(was, dict) and isinstance(now, dict):
         keys = sorted(was.keys() | now.keys())
         return [
             line
             for key in keys
-            for line in _differences(was.get(key), now.get(key), f"{path}.{key}".lstrip("."))
+            for line in differences(was.get(key), now.get(key), f"{path}.{key}".lstrip("."))
         ]
     return [] if was == now else [f"{path} was {was!r} and is {now!r} now"]

@@ -1,0 +1,99 @@
+"""The commands that look at what is there. Heavy imports are inside them."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import (
+    MACHINE,
+    MEASUREMENT,
+    ORIGIN,
+    TEXT,
+    AsJson,
+    Debug,
+    Given,
+    Quiet,
+    RecipeFile,
+    answer,
+    settled,
+    taking,
+    told_on,
+)
+
+
+@taking("domain", *TEXT, "trust_remote_code", *MEASUREMENT, *MACHINE)
+def bench(
+    given: Given,
+    models: Annotated[list[str], typer.Argument(help="Run folders, aliases, hub ids, folders…")],
+    recipe: RecipeFile = None,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure models side by side on the same held-out text."""
+    asked_for = settled(recipe, {**given, "model": models[0]})
+    from . import benchmark, show
+
+    result = benchmark.bench(asked_for, models, console=told_on(quiet))
+    answer(json, result.facts(), show.bench(result))
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders: one, or several to compare.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to write to; that of a single run.")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse runs that are missing or half-written.")
+    ] = False,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write report.html, report.md, figures and a CSV of one run, or of several side by side."""
+    from . import show
+    from .outcome import reported
+
+    result = reported(runs, out, strict=strict, console=told_on(quiet))
+    answer(json, asdict(result), show.reported(result))
+
+
+@taking(*ORIGIN)
+def inspect(
+    given: Given,
+    model: Annotated[str, typer.Argument(help="An alias, a hub id, a folder or a .gguf file.")],
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a model is made of, what can be removed, and what that would save."""
+    from . import anatomy, show
+
+    revision = given["revision"]
+    result = anatomy.inspect(
+        model,
+        revision=None if revision is None else str(revision),
+        trust_remote_code=bool(given["trust_remote_code"]),
+        console=told_on(quiet),
+    )
+    answer(json, result.facts(), show.inspected(result))
+
+
+def models(json: AsJson = False, debug: Debug = False) -> None:
+    """List the models that have a short name."""
+    from . import show
+    from .models import known
+
+    rows = known()
+    answer(json, {"models": [asdict(row) for row in rows]}, show.known_models(rows))
+
+
+def domains(json: AsJson = False, debug: Debug = False) -> None:
+    """List the domains that are known by name."""
+    from . import show
+    from .domains import known
+
+    rows = known()
+    answer(json, {"domains": [asdict(row) for row in rows]}, show.known_domains(rows))

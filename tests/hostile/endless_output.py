@@ -1,0 +1,4 @@
+# ruff: noqa
+"""Print without end."""
+while True:
+    print("passed " * 1000)
