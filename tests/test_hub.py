@@ -214,5 +214,6 @@ def test_the_main_job_runs_on_a_hub_model_as_on_any_other(tmp_path, root, domain
     kept = {(row["kind"], row["before"], row["after"]) for row in result["plan"]}
     assert kept == {("neurons", 10_000, 5_000), ("heads", 4, 3)}
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "model", "manifest.json", "recipe.yaml", "report.md", "rows.jsonl", "scores.safetensors",
+        "figures", "model", "manifest.json", "recipe.yaml", "report.html", "report.md", "rows.csv",
+        "rows.jsonl", "scores.safetensors",
     }  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.real
 
-BUDGET = ["--calibration-tokens", "4096", "--held-out-tokens", "4096", "--no-speed"]
+BUDGET = ["--calibration-tokens", "8192", "--held-out-tokens", "4096", "--no-speed"]
 JOB = ["prune", "--model", "smollm2-135m", "--domain", "python", "--sparsity", "neurons=0.5"]
 STOCK = """
 import json, sys
