@@ -53,10 +53,12 @@ class Work:
     def part(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The tensors and facts of a finished part; None where it is not finished.
 
-        Raises BadInput where it is damaged.
+        Every process has to call it. Raises BadInput where it is damaged.
         """
         folder = self.folder / name
-        if not folder.exists():
+        # Asked together: else a process that is late finds what a quicker one has just written,
+        # and leaves it waiting.
+        if not processes.agreed(folder.exists()):
             return None
         try:
             facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
