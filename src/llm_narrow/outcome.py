@@ -1,6 +1,7 @@
 """What a run writes: the checkpoint, proved; the figures before and after; the run folder."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,11 +43,24 @@ def run_folder(place: Path, *, force: bool) -> Iterator[Path]:
     if force:
         check_replaceable(place)
     if processes.first():
+        _sweep(place)
         with written_whole(place, force=force) as run:
             yield run
     else:
         with TemporaryDirectory() as run:
             yield Path(run)
+
+
+def _sweep(place: Path) -> None:
+    """Remove what runs that were killed have left half-written beside `place`."""
+    for left in place.parent.glob(f".{place.name}.partial-*"):
+        number = left.name.rpartition("-")[2]
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            shutil.rmtree(left, ignore_errors=True)
+        except (OSError, ValueError):  # another's process, or no process' number
+            continue
 
 
 @dataclass(frozen=True)
