@@ -30,8 +30,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Make the runs that are missing, measure all, write the table."""
     args = parse(argv)
     from llm_narrow import benchmark
+    from llm_narrow.allocator import keep_freed_memory
     from llm_narrow.recipe import load
 
+    keep_freed_memory()  # as the command line does
     console = results.console_of()
     wanted = [
         (method, float(sparsity), budget)

@@ -19,6 +19,7 @@ import typer
 
 from . import __doc__ as about
 from . import cli_make, cli_show
+from .allocator import keep_freed_memory
 from .errors import NarrowError
 
 TERMINATED = 143  # 128 + SIGTERM, as shells have it
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _stopped)
+    keep_freed_memory()
     try:
         app(args=arguments, prog_name="llm-narrow", obj=arguments)
     except NarrowError as error:
