@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from commands import left_behind, refused
 from llm_narrow import compare_runs as comparison
-from llm_narrow import compare_shapes, inputs, recipe, train
+from llm_narrow import compare_shapes, distill, inputs, recipe, train
 from llm_narrow.compare_cells import apart, shuffled_back, stream
 from llm_narrow.errors import BadInput, TargetOutOfReach
 from llm_narrow.families import find_groups
@@ -127,6 +127,25 @@ def test_all_methods_train_models_of_the_same_shape(whole: Seen) -> None:
     assert counts.pop()[:2] == (shape.parameters, shape.without_embeddings)
     total = json.loads((whole.run("scratch") / "rows.jsonl").read_text().splitlines()[0])
     assert 0.75 * total["parameters"] < shape.parameters <= 0.85 * total["parameters"]
+
+
+def test_a_cached_teacher_is_asked_once_for_all_runs(
+    go: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    predict = distill._predictions
+
+    def counted(teacher: Any, blocks: Any, *rest: Any) -> Any:
+        asked.append(len(blocks))
+        return predict(teacher, blocks, *rest)
+
+    monkeypatch.setattr(distill, "_predictions", counted)
+    methods = "lasso,distilled,random"
+    go(methods=methods, seeds=1, lrs="1e-3,2e-3", distill="cached", top_k=4)
+    assert sum(asked) == 768 / 32  # the text of a run, of which a sweep sees the beginning
+    for method in methods.split(","):
+        told = json.loads((tmp_path / f"out/{method}-85-percent-seed-0/manifest.json").read_text())
+        assert told["recover"]["distill"] == "cached"
 
 
 def test_all_methods_see_the_same_blocks_in_the_same_order(whole: Seen) -> None:

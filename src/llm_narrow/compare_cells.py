@@ -30,6 +30,7 @@ from .compare_shapes import (
     check_shape,
     fresh,
     recipe_of,
+    tokens_per_step,
     trained_tokens,
 )
 from .errors import BadInput, NarrowError
@@ -220,7 +221,8 @@ def _trained(ground: Ground, cell: Cell, lr: float, left: Work, share: float) ->
     keep = keep_all(groups)
     original_config = copy.deepcopy(model.config)
     start = replace(ground.start, loaded=replace(loaded, model=model), groups=tuple(groups))
-    lessons = Lessons(start, recipe, text, left, ground.console, ground.track)
+    shared = ground.work.folder / f"teacher-seed-{cell.seed}", _seen(ground, cell.seed)
+    lessons = Lessons(start, recipe, text, left, ground.console, ground.track, shared)
     _lend(ground.work.folder, left.folder, TEACHER)
     if not METHODS[cell.method]:
         kinds = recipe.prune.chosen_kinds
@@ -270,6 +272,13 @@ def _text(ground: Ground, recipe: Recipe) -> Text:
     return Text(placed[0], placed[1], ground.validation)
 
 
+def _seen(ground: Ground, seed: int) -> Blocks:
+    """All that a run of the seed trains on; the text of a sweep is the beginning of it."""
+    per_step = tokens_per_step(ground.recipe)
+    tokens = math.ceil(ground.asked.tokens / per_step) * per_step
+    return stream(ground.train, tokens, seed)
+
+
 def _told(
     ground: Ground, cell: Cell, made: Made, tried: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
@@ -283,7 +292,7 @@ def _told(
         "tokens": lasso + after, "lasso_tokens": lasso,
         "calibration_tokens": made.facts["domain"]["tokens"].get("calibration", 0),
         "flops": asdict(flops), "flops_per_token": flops.training / (lasso + after),
-        "text_sha256": stream(ground.train, lasso + after, recipe.seed).sha256,
+        "text_sha256": _seen(ground, cell.seed).sha256,
         "validation": {
             "part": "calibration", "sha256": validation.sha256,
             "targets": validation.tokens[:, 1:].numel(),

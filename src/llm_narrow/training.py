@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +50,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Lessons:
-    """What the parts of a run are trained with, whatever it is that they train."""
+    """What the parts of a run are trained with, whatever it is that they train.
+
+    `shared` says where several runs keep what a cached teacher predicts, and on which blocks, of
+    which those of each run are some. Without it each part of a run has a cache of its own.
+    """
 
     start: Inputs
     recipe: Recipe
@@ -57,6 +62,7 @@ class Lessons:
     work: Work
     console: Console
     track: Track
+    shared: tuple[Path, Blocks] | None = None
 
 
 @dataclass(frozen=True)
@@ -231,9 +237,10 @@ def _loss(lessons: Lessons, blocks: Blocks) -> tuple[float | None, Loss]:
     else:
         lost = float(held[1]["loss"])
     if t.distill == "cached":
+        own = lessons.work.folder / f"teacher-{blocks.sha256[:12]}", blocks
+        folder, asked = lessons.shared or own
         cached = cached_teacher(
-            teacher.model, blocks, lessons.work.folder / f"teacher-{blocks.sha256[:12]}",
-            k=t.top_k, temperature=t.temperature, name=teacher.sha256,
+            teacher.model, asked, folder, k=t.top_k, temperature=t.temperature, name=teacher.sha256,
             batch_size=recipe.blocks.batch_size, bf16=start.bf16, track=lessons.track,
         )  # fmt: skip
         return lost, cached_distill_loss(cached, mix=t.mix)
