@@ -1,13 +1,11 @@
 """Penalties, their gradients and the weights of units: against values worked out by hand."""
 
-
 import pytest
 import torch
-from torch import Tensor
 
 from llm_narrow import penalties, units
 from llm_narrow.errors import BadInput, UnknownName
-from llm_narrow.families import FAMILIES, find_groups
+from llm_narrow.families import FAMILIES
 from llm_narrow.penalties import (
     PENALTIES,
     add_gradient,
@@ -18,25 +16,10 @@ from llm_narrow.penalties import (
     weights_from_scores,
     without_biases,
 )
-from llm_narrow.units import Group, Slice
-from tiny import tiny
+from llm_narrow.units import Group
+from tiny import parts, two_units
 
 every_family = pytest.mark.parametrize("kind", FAMILIES)
-LANGUAGE = [kind for kind in FAMILIES if kind != "mlp"]
-
-
-def parts(kind: str, **changes: object):
-    model = tiny(kind, **changes)
-    groups, params = find_groups(model), dict(model.named_parameters())
-    return model, groups, params
-
-
-def two_units() -> tuple[list[Group], dict[str, Tensor]]:
-    """Two units of three entries, norms 5 and 13: (3, 0; 4) and (0, 12; 5)."""
-    params = {"in": torch.tensor([[3.0, 0.0], [0.0, 12.0]]), "out": torch.tensor([[4.0, 5.0]])}
-    for p in params.values():
-        p.requires_grad_()
-    return [Group("g", "neurons", 2, (Slice("in", 0),), (Slice("out", 1),))], params
 
 
 def test_penalties_by_hand():

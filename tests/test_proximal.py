@@ -27,25 +27,9 @@ from llm_narrow.penalties import (
     zero_groups,
     zero_share,
 )
-from llm_narrow.units import Group, Slice
-from tiny import batch, outputs, tiny, uneven
+from tiny import batch, outputs, parts, tiny, two_units, uneven
 
 every_family = pytest.mark.parametrize("kind", FAMILIES)
-LANGUAGE = [kind for kind in FAMILIES if kind != "mlp"]
-
-
-def parts(kind: str, **changes: object):
-    model = tiny(kind, **changes)
-    groups, params = find_groups(model), dict(model.named_parameters())
-    return model, groups, params
-
-
-def two_units() -> tuple[list[Group], dict[str, Tensor]]:
-    """Two units of three entries, norms 5 and 13: (3, 0; 4) and (0, 12; 5)."""
-    params = {"in": torch.tensor([[3.0, 0.0], [0.0, 12.0]]), "out": torch.tensor([[4.0, 5.0]])}
-    for p in params.values():
-        p.requires_grad_()
-    return [Group("g", "neurons", 2, (Slice("in", 0),), (Slice("out", 1),))], params
 
 
 def test_proximal_step_by_hand():

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm_narrow.units import Group, Keep
+from llm_narrow.families import find_groups
+from llm_narrow.units import Group, Keep, Slice
 
 VOCAB = 64
 SHARED = {
@@ -82,3 +83,17 @@ def even(groups: Sequence[Group], *, neurons: int = 0, heads: int = 0, seed: int
         taken = neurons if x.kind == "neurons" else heads
         keep[x.name][torch.randperm(x.size, generator=g)[:taken]] = False
     return keep
+
+
+def parts(kind: str, **changes: object) -> tuple[nn.Module, list[Group], dict[str, nn.Parameter]]:
+    """A tiny model, its groups and its parameters by name."""
+    model = tiny(kind, **changes)
+    return model, find_groups(model), dict(model.named_parameters())
+
+
+def two_units() -> tuple[list[Group], dict[str, Tensor]]:
+    """Two units of three entries, norms 5 and 13: (3, 0; 4) and (0, 12; 5)."""
+    params = {"in": torch.tensor([[3.0, 0.0], [0.0, 12.0]]), "out": torch.tensor([[4.0, 5.0]])}
+    for p in params.values():
+        p.requires_grad_()
+    return [Group("g", "neurons", 2, (Slice("in", 0),), (Slice("out", 1),))], params
