@@ -133,6 +133,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(prune: Any, tmp_path: Path) 
     assert done.code == 0, done.err
     assert "neurons" in done.out and "24" in done.out and "parameters" in done.out
     assert "memory at the peak" in done.err
+    assert "About what the rest takes" in done.out and "measurement" in done.out
     assert left_behind(tmp_path) == []
     told = json.loads(prune("--dry-run", "--json").out)
     assert told["folder"] is None

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from commands import left_behind, refused
 from folders import write_domain, write_model
 from llm_narrow import inputs, recipe, recovery, stages, train, training
 from llm_narrow.blocks import pack
-from llm_narrow.errors import BadInput
+from llm_narrow.errors import BadInput, NarrowError
 from llm_narrow.progress import silent
 
 SMALL = {"length": 32, "batch_size": 2, "calibration_tokens": 512, "held_out_tokens": 256,
@@ -152,6 +153,30 @@ def test_lora_is_merged_and_has_learnt(narrow: Any) -> None:
     lora = told["recover"]["lora"]
     assert lora["loss_merged"] == pytest.approx(lora["loss_trained"], rel=1e-3)
     assert lora["loss_merged"] < lora["loss_before"]
+
+
+def test_lora_that_only_makes_it_worse_leaves_the_weights_as_they_were(narrow: Any) -> None:
+    told = narrow(**RECOVER, recover_method="lora", lora_rank=4, lr=10.0, warmup=0.0).manifest
+    lora = told["recover"]["lora"]
+    assert told["recover"]["chosen_step"] == 0
+    assert lora["loss_before"] == lora["loss_trained"] == lora["loss_merged"]
+
+
+def test_lora_that_learnt_nothing_is_refused(narrow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = training._trained
+
+    def idle(*args: Any, **given: Any) -> Any:
+        params = dict(args[0].start.loaded.model.named_parameters())
+        before = {name: p.detach().clone() for name, p in params.items()}
+        done = trained(*args, **given)
+        with torch.no_grad():
+            for name, p in params.items():
+                p.copy_(before[name])
+        return replace(done, chosen=done.steps)
+
+    monkeypatch.setattr(training, "_trained", idle)
+    with pytest.raises(NarrowError, match="LoRA learnt nothing"):
+        narrow(**RECOVER, recover_method="lora", lora_rank=4)
 
 
 def test_a_cached_teacher_of_all_tokens_teaches_as_the_teacher_does(narrow: Any) -> None:

@@ -19,7 +19,7 @@ import results
 METHODS = {
     "refit": "no training",
     "plain": "cross-entropy on the text",
-    "distill": "0.8 KL to the whole model, 0.2 cross-entropy",
+    "distill": "KL to the whole model mixed with cross-entropy",
     "lora": "the same loss, only low-rank products trained",
     "lasso": "half of the tokens with the lasso on the whole model, half after",
     "lasso-target": "the same with proximal steps whose strength follows a target",
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for ((method, sparsity, budget), run), row in zip(runs.items(), measured[1:], strict=True)
     ]  # fmt: skip
     about = {"model": args.model, "domain": args.domain, "seed": args.seed, "lr": args.lr,
+             "step_tokens": args.batch_size * args.length, "mix": settings.train.mix,
              "held_out_tokens": measured[0].tokens, "whole_loss": measured[0].loss.value,
              "calibration_tokens": args.calibration_tokens, **results.machine()}  # fmt: skip
     results.write(args.out, about, rows, page(rows, about))
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options."""
     parser = results.options(__doc__.splitlines()[0], "docs/bench/recovery")
+    parser.set_defaults(batch_size=2)  # that of `llm-narrow prune`
     parser.add_argument("--held-out-tokens", type=int, default=32768)
     parser.add_argument("--sparsities", default="0.5,0.7")
     parser.add_argument("--budgets", default="200k", help="tokens to train on, with commas between")
@@ -151,7 +153,9 @@ def page(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
     lines += [
         "",
         f"{about['model']}, domain {about['domain']}: MLP neurons, the same number in every layer; "
-        f"{about['calibration_tokens']:,} calibration tokens; learning rate {about['lr']:g}; "
+        f"{about['calibration_tokens']:,} calibration tokens; learning rate {about['lr']:g}, steps "
+        f"of {about['step_tokens']:,} tokens; {about['mix']:g} of the mixed loss is the KL "
+        "divergence; "
         f"nats per token on {about['held_out_tokens']:,} held-out tokens, where the whole model "
         f"has {about['whole_loss']:.3f}, 95 % intervals over documents; seed {about['seed']}. "
         f"{about['threads']} threads.",

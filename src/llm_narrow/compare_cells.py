@@ -36,7 +36,7 @@ from .compare_shapes import (
 from .errors import BadInput, NarrowError
 from .families import find_groups
 from .inputs import Inputs
-from .manifest import Clock, domain_facts, versions
+from .manifest import Clock, begun
 from .outcome import Before
 from .plan import Plan
 from .progress import Track
@@ -201,17 +201,10 @@ def _trained(ground: Ground, cell: Cell, lr: float, left: Work, share: float) ->
     )
     text = _text(ground, recipe)
     clock = Clock()
-    facts: dict[str, Any] = {
-        "command": ground.command,
-        "versions": versions(),
-        "seed": cell.seed,
-        "model": {
-            "name": loaded.name, "sha256": loaded.sha256, "parameters": ground.prices.parameters
-        },
-        "domain": domain_facts(ground.start.domain, text.tokens()),
-        "recipe": recipe.resolved(),
-        "seconds": clock.seconds,
-    }  # fmt: skip
+    facts = begun(
+        ground.command, recipe, loaded, ground.prices.parameters, ground.start.domain,
+        text.tokens(), clock,
+    )  # fmt: skip
     with clock.stage("load"):
         if METHODS[cell.method]:
             model = fresh(shape, cell.seed).to(ground.start.device)

@@ -12,7 +12,7 @@ from rich.text import Text
 from .compare_answers import Advantage, Answers, Line, Tokens
 from .compare_cost import Forecast
 from .compare_shapes import Shape
-from .report import fenced, plain, ranged, size, table, thousands
+from .report import duration, fenced, plain, ranged, size, table, thousands
 
 Cells = list[list[str]]  # of a table, the header first
 
@@ -62,14 +62,6 @@ def left_text(found: Forecast) -> str:
     if found.seconds is None:
         return f"{done}."
     return f"{done}; about {duration(found.seconds)} left, by {found.timed}."
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3 h 20 min`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def short(value: float, unit: str = "") -> str:

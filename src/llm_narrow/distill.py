@@ -33,7 +33,7 @@ SHARD = 16  # blocks per file of a cache
 
 
 def distill_loss(
-    teacher: Any, *, temperature: float = 1.0, mix: float = 0.8, bf16: bool = False
+    teacher: Any, *, temperature: float = 1.0, mix: float = 0.3, bf16: bool = False
 ) -> Loss:
     """The loss with the teacher computed beside the student.
 
@@ -124,7 +124,7 @@ def cached_teacher(
     return Cached(folder, count, k, vocabulary, temperature, places)
 
 
-def cached_distill_loss(cached: Cached, *, mix: float = 0.8) -> Loss:
+def cached_distill_loss(cached: Cached, *, mix: float = 0.3) -> Loss:
     """The loss with the teacher from disk, at the temperature it was cached at.
 
     The divergence is taken between k + 1 outcomes: the teacher's k likeliest tokens and all others

@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from typing import Any
 
 from .domains import Domain
+from .models import Loaded
+from .recipe import Recipe
 
 PACKAGES = ("llm-narrow", "torch", "transformers", "tokenizers", "safetensors", "datasets")
 
@@ -34,11 +37,26 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
-def domain_facts(domain: Domain, tokens: dict[str, int]) -> dict[str, object]:
-    """What is to be known of a domain to have it again; `tokens` are those used of each part."""
+def begun(
+    command: str, recipe: Recipe, loaded: Loaded, parameters: int, domain: Domain,
+    tokens: dict[str, int], clock: Clock,
+) -> dict[str, Any]:  # fmt: skip
+    """What a manifest says from the start: what is run, on what, and the clock as it goes on.
+
+    `parameters` are those of the model as it was loaded, `tokens` those used of each part of the
+    domain; the hashes say which text it was.
+    """
     return {
-        "name": domain.name,
-        "sha256": dict(domain.sha256),
-        "dropped": dict(domain.dropped),
-        "tokens": tokens,
+        "command": command,
+        "versions": versions(),
+        "seed": recipe.seed,
+        "model": {"name": loaded.name, "sha256": loaded.sha256, "parameters": parameters},
+        "domain": {
+            "name": domain.name,
+            "sha256": dict(domain.sha256),
+            "dropped": dict(domain.dropped),
+            "tokens": tokens,
+        },
+        "recipe": recipe.resolved(),
+        "seconds": clock.seconds,
     }

@@ -13,7 +13,7 @@ from . import recipe as recipes
 from .cost import size
 from .errors import BadInput
 from .inputs import begin
-from .manifest import Clock, domain_facts, versions
+from .manifest import Clock, begun
 from .plan import priced
 from .recipe import Recipe
 from .scores import CRITERIA
@@ -65,20 +65,9 @@ def recover(
         with clock.stage("load"):
             start = inputs.gather(recipe, track=track)
         model = start.loaded.model
-        facts: dict[str, Any] = {
-            "command": line,
-            "versions": versions(),
-            "seed": recipe.seed,
-            "model": {
-                "name": start.loaded.name,
-                "sha256": start.loaded.sha256,
-                "parameters": size(model).parameters,
-            },
-            "domain": domain_facts(start.domain, {}),
-            "recipe": recipe.resolved(),
-            "seconds": clock.seconds,
-            **_pruning_of(source),
-        }
+        parameters = size(model).parameters
+        facts = begun(line, recipe, start.loaded, parameters, start.domain, {}, clock)
+        facts |= _pruning_of(source)
         before = outcome.measured_before(recipe, start, facts, track, clock)
         with clock.stage("text to train on"):
             text = training.text(start, recipe, track=track)

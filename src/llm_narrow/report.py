@@ -231,6 +231,14 @@ def thousands(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def size(value: float) -> str:
     """Bytes in decimal units: `538.1 MB`."""
     for unit in ("B", "kB", "MB"):

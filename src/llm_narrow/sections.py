@@ -96,7 +96,7 @@ class Blocks(Section):
     """How text is fed to the model, wherever it is: scoring, refit and measurement alike."""
 
     length: int = Field(512, ge=8, description="a whole number of at least 8 tokens")
-    batch_size: int = Field(4, ge=1, description="a whole number of at least 1 block")
+    batch_size: int = Field(2, ge=1, description="a whole number of at least 1 block")
 
 
 class Score(Section):
@@ -164,7 +164,7 @@ class Train(Section):
     distill: Literal["none", "teacher", "cached"] = "teacher"
     teacher: Text | None = Field(None, description="an alias, a hub id, a folder or a .gguf file")
     temperature: float = Field(1.0, gt=0, description="a number above 0")
-    mix: float = Field(0.8, ge=0, le=1, description="from 0 (text alone) to 1 (teacher alone)")
+    mix: float = Field(0.3, ge=0, le=1, description="from 0 (text alone) to 1 (teacher alone)")
     top_k: int = Field(64, ge=1, description="a whole number of at least 1")
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: Fraction = Field(0.05, description="a share of the steps, at least 0 and below 1")
@@ -174,7 +174,7 @@ class Train(Section):
     checkpointing: bool = Field(False, description="true or false")
     sharded: bool = Field(False, description="true or false")
     validation_tokens: Count = Field(16384, ge=1, description=TOKENS)
-    evaluate_every: int = Field(25, ge=1, description="a whole number of at least 1 step")
+    evaluate_every: int = Field(50, ge=1, description="a whole number of at least 1 step")
     save_every_minutes: float = Field(5.0, gt=0, description="a number above 0")
     trackers: Names = Field(None, description="names of trackers, such as tensorboard or wandb")
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import report
-from .report import percent, size, thousands
+from .report import duration, percent, size, thousands
 
 if TYPE_CHECKING:
     from .anatomy import Inspected
@@ -66,7 +66,8 @@ def lasso(facts: Mapping[str, Any]) -> RenderableType:
 def pruned(result: "Pruned") -> RenderableType:
     """The plan after a dry run; else what was measured, samples, and where it is."""
     if result.folder is None:
-        return plan(result.plan, result.manifest["stability"])
+        found = plan(result.plan, result.manifest["stability"])
+        return Group(found, "", forecast(result.manifest["forecast"]))
     if not result.rows:  # of several processes only the first has measured
         return Group()
     texts = [
@@ -75,6 +76,18 @@ def pruned(result: "Pruned") -> RenderableType:
         for label in ("before", "after")
     ]
     return Group(rows(result.rows), *texts, f"Written to {result.folder}; see report.md there.")
+
+
+def forecast(parts: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """What the parts after the plan will take, and all of them."""
+    table = _table("About what the rest takes", "part", "tokens", "TFLOP", "time", "memory")
+    for p in parts:
+        flops = f"{p['flops'] / 1e12:,.0f}"
+        table.add_row(
+            p["name"], thousands(p["tokens"]), flops, duration(p["seconds"]), size(p["bytes"])
+        )
+    total = duration(sum(p["seconds"] for p in parts))
+    return Group(table, f"together about {total}, going by one forward pass on this machine")
 
 
 def reported(result: "Written") -> RenderableType:

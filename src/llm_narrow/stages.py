@@ -18,13 +18,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from . import inputs, outcome, report, scoring, show, training, work
+from . import forecast, inputs, outcome, report, scoring, show, training, work
 from . import recipe as recipes
 from .blocks import Blocks
 from .cost import size
 from .errors import BadInput
 from .inputs import Inputs, begin
-from .manifest import Clock, domain_facts, versions
+from .manifest import Clock, begun
 from .plan import Plan, by_parameters, by_sparsity, of_zeros, select
 from .progress import Track
 from .recipe import Recipe
@@ -82,23 +82,16 @@ def prune(
     ):
         start, blocks, scored = _scored(recipe, scores, console, track, clock)
         plan = planned(recipe, start, scored.scores)
-        facts: dict[str, Any] = {
-            "command": line,
-            "versions": versions(),
-            "seed": recipe.seed,
-            "model": {
-                "name": start.loaded.name,
-                "sha256": start.loaded.sha256,
-                "parameters": size(start.loaded.model).parameters,
-            },
-            "domain": domain_facts(start.domain, {"calibration": blocks.tokens.numel()}),
-            "recipe": recipe.resolved(),
+        parameters = size(start.loaded.model).parameters
+        used = {"calibration": blocks.tokens.numel()}
+        facts = begun(line, recipe, start.loaded, parameters, start.domain, used, clock)
+        facts |= {
             "plan": [asdict(row) for row in plan.rows],
             "scores": scored.facts(),
             "stability": _stability(recipe, plan, scored),
-            "seconds": clock.seconds,
         }
         if run is None:
+            facts["forecast"] = [asdict(p) for p in forecast.forecast(recipe, start, plan, blocks)]
             model, tokenizer = start.loaded.model, start.loaded.tokenizer
             return Pruned(model, tokenizer, None, (), plan, facts)
         console.print(show.plan(plan, facts["stability"]))

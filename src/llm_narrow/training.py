@@ -141,7 +141,7 @@ def recover(lessons: Lessons) -> dict[str, Any]:
     trained = _trained(lessons, "recover", blocks, loss, r.tokens, r.lr)
     facts = {"method": r.method, **_facts(trained, recipe), "validation_whole": whole}
     if r.method == "lora":
-        facts["lora"] = _merge(model, probe, began)
+        facts["lora"] = _merge(model, probe, began, learnt=trained.chosen > 0)
     lessons.work.finish("recovered", work.weights(model), facts)
     return facts
 
@@ -296,15 +296,18 @@ def _facts(trained: Trained, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _merge(model: Any, probe: Tensor, began: float) -> dict[str, float]:
-    """Add the LoRA products to their weights. Raises NarrowError where that changed the loss, or
-    where training had not."""
+def _merge(model: Any, probe: Tensor, began: float, *, learnt: bool) -> dict[str, float]:
+    """Add the LoRA products to their weights.
+
+    Raises NarrowError where that changed the loss, or where training had not although weights of
+    a later step than the first were the best (`learnt`).
+    """
     trained = _probed(model, probe)
     merged(model)
     after = _probed(model, probe)
     if not math.isclose(after, trained, rel_tol=1e-3):
         raise NarrowError(f"Merging LoRA changed the loss from {trained:.4f} to {after:.4f}.")
-    if after == began:
+    if learnt and after == began:
         raise NarrowError(f"LoRA learnt nothing: the loss is {after:.4f} as before.")
     return {"loss_before": began, "loss_trained": trained, "loss_merged": after}
 
