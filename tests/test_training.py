@@ -155,14 +155,10 @@ def test_lora_is_merged_and_has_learnt(narrow: Any) -> None:
     assert lora["loss_merged"] < lora["loss_before"]
 
 
-def test_lora_that_only_makes_it_worse_leaves_the_weights_as_they_were(narrow: Any) -> None:
-    told = narrow(**RECOVER, recover_method="lora", lora_rank=4, lr=10.0, warmup=0.0).manifest
-    lora = told["recover"]["lora"]
-    assert told["recover"]["chosen_step"] == 0
-    assert lora["loss_before"] == lora["loss_trained"] == lora["loss_merged"]
-
-
-def test_lora_that_learnt_nothing_is_refused(narrow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_that_learnt_nothing_is_refused_unless_the_first_weights_were_the_best(
+    narrow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = {**RECOVER, "recover_method": "lora", "lora_rank": 4}
     trained = training._trained
 
     def idle(*args: Any, **given: Any) -> Any:
@@ -172,11 +168,16 @@ def test_lora_that_learnt_nothing_is_refused(narrow: Any, monkeypatch: pytest.Mo
         with torch.no_grad():
             for name, p in params.items():
                 p.copy_(before[name])
-        return replace(done, chosen=done.steps)
+        return replace(done, chosen=done.steps * learnt)
 
     monkeypatch.setattr(training, "_trained", idle)
+    learnt = True
     with pytest.raises(NarrowError, match="LoRA learnt nothing"):
-        narrow(**RECOVER, recover_method="lora", lora_rank=4)
+        narrow(**lora)
+    learnt = False
+    told = narrow("again", **lora).manifest["recover"]
+    assert told["chosen_step"] == 0
+    assert len({*told["lora"].values()}) == 1
 
 
 def test_a_cached_teacher_of_all_tokens_teaches_as_the_teacher_does(narrow: Any) -> None:
