@@ -200,6 +200,22 @@ def test_survival_kills_a_run_and_compares(
     assert row["left"] == ["killed", "whole"]
 
 
+def test_vocabulary_makes_a_row_for_each_threshold(script: Any, tmp_path: Path) -> None:
+    vocabulary, options = script("vocabulary")
+    vocabulary.main([*options, "--thresholds", "1,40", "--multiple", "8",
+                     "--held-out-tokens", "128"])  # fmt: skip
+    found = written(tmp_path)
+    every, frequent = found["rows"]
+    assert frequent["used"] < every["used"] <= every["closed"] <= every["kept"]
+    assert frequent["kept"] <= every["kept"] < found["about"]["rows"]
+    assert frequent["tokens"] >= every["tokens"] >= every["tokens_before"] > 0
+    for row in (every, frequent):
+        assert row["words_of_kept_alike"] and row["bytes_of_blocks_equal"]
+        assert row["documents_decoded_alike"] == row["documents"] > 0
+    table = (tmp_path / "docs" / "result.md").read_text("utf-8").splitlines()
+    assert table[2].startswith("| 1 | ") and table[3].startswith("| 40 | ")
+
+
 def test_steps_times_every_kind_in_turns(script: Any, tmp_path: Path) -> None:
     steps, options = script("steps")
     steps.main([*options, "--turns", "2", "--steps", "2"])

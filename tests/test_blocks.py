@@ -148,7 +148,7 @@ def test_the_second_time_nothing_is_tokenised(monkeypatch: pytest.MonkeyPatch) -
         raise AssertionError("tokenised again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(blocks, "_tokenised", refuse)
+        patched.setattr(blocks, "tokenised", refuse)
         again = pack(domain(), "calibration", tokenizer, length=16)
         for other in ({"length": 8}, {"tokenizer": wrapped(lower_case())}):
             with pytest.raises(AssertionError, match="tokenised again"):

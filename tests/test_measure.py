@@ -184,6 +184,15 @@ def test_without_any_boundary_only_a_last_token_without_bytes_is_a_separator():
     assert found.tokens.tolist() == [3, 2]
 
 
+def test_what_fills_a_block_up_is_no_target():
+    blocks = packed(
+        torch.tensor([[5, 6, EOS, EOS], [7, 8, 9, EOS]]),
+        documents=torch.tensor([[0, 0, -1, -1], [0, 0, 0, -1]]),
+    )
+    found = measure.sums_of(TokenResults(torch.ones(2, 3), torch.ones(2, 3).bool()), blocks)
+    assert (found.documents.tolist(), found.tokens.tolist()) == ([0], [3])
+
+
 def test_blocks_of_separators_alone_are_refused():
     with pytest.raises(BadInput, match="nothing but separators"):
         measure.quality(tiny("llama"), packed(torch.tensor([[5, EOS]])))

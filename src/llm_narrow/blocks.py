@@ -82,7 +82,7 @@ class Blocks:
     def only(self, blocks: Tensor) -> "Blocks":
         """The blocks at the given places, (n,) int64."""
         tokens = self.tokens[blocks]
-        return Blocks(tokens, self.sizes[blocks], self.documents[blocks], _hash(tokens))
+        return Blocks(tokens, self.sizes[blocks], self.documents[blocks], hashed(tokens))
 
 
 def pack(
@@ -140,7 +140,7 @@ def _packed(domain: Domain, part: Part, tokenizer: Any, length: int, track: Trac
         range(len(documents)),
         key=lambda index: hashlib.sha256(documents[index].text.encode()).digest(),
     )
-    found = _tokenised([documents[index].text for index in shuffled], tokenizer)
+    found = tokenised([documents[index].text for index in shuffled], tokenizer)
     ids, sizes, owners = [], [], []
     for index in track(shuffled, f"Tokenising {part}"):
         own = next(found)
@@ -158,7 +158,7 @@ def _packed(domain: Domain, part: Part, tokenizer: Any, length: int, track: Trac
         for column in (ids, sizes, owners)
     )
     fits = bytes_of.max() < 2**15
-    return Blocks(tokens, bytes_of.short() if fits else bytes_of, owner, _hash(tokens))
+    return Blocks(tokens, bytes_of.short() if fits else bytes_of, owner, hashed(tokens))
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class _Tokens:
     sizes: Ints
 
 
-def _tokenised(texts: Sequence[str], tokenizer: Any) -> Iterator[_Tokens]:
+def tokenised(texts: Sequence[str], tokenizer: Any) -> Iterator[_Tokens]:
     """The ids and sizes of each text; special tokens that a text spells out stay plain text."""
     # A copy, because the settings are the tokenizer's own and the user goes on using it.
     own = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -218,5 +218,6 @@ def _by_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> Ints:
     return np.diff(ends_at[ends], prepend=0).astype(np.int32)
 
 
-def _hash(tokens: Tensor) -> str:
+def hashed(tokens: Tensor) -> str:
+    """The hash that blocks of these tokens have."""
     return hashlib.sha256(tokens.numpy().astype("<i4").tobytes()).hexdigest()

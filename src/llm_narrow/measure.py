@@ -217,7 +217,7 @@ def bootstrap(
 
 
 def _separators(blocks: "Blocks") -> Tensor:
-    """Which tokens end a document, (blocks, length) bool.
+    """Which tokens end a document or belong to none (document -1), (blocks, length) bool.
 
     A token without bytes may also be a part of a character, so the separator is known by standing
     before another document. Only if no block shows that is any last token without bytes taken for
@@ -227,7 +227,8 @@ def _separators(blocks: "Blocks") -> Tensor:
     ends = empty.clone()
     ends[:, :-1] &= blocks.documents[:, 1:] != blocks.documents[:, :-1]
     known = blocks.tokens[:, :-1][ends[:, :-1]]
-    return empty & torch.isin(blocks.tokens, known) if len(known) else ends
+    ends = empty & torch.isin(blocks.tokens, known) if len(known) else ends
+    return ends | (blocks.documents < 0)
 
 
 def _same_documents(first: DocumentSums, second: DocumentSums) -> None:
