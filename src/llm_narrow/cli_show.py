@@ -2,10 +2,11 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from . import task_options as solving
 from .options import (
     MACHINE,
     MEASUREMENT,
@@ -28,11 +29,34 @@ def bench(
     given: Given,
     models: Annotated[list[str], typer.Argument(help="Run folders, aliases, hub ids, folders…")],
     recipe: RecipeFile = None,
+    tasks: solving.Tasks = None,
+    prompt: solving.Prompt = None,
+    samples_per_task: solving.Samples = None,
+    temperature: solving.Temperature = None,
+    k: solving.K = None,
+    limit: solving.Limit = None,
+    max_new_tokens: solving.Longest = None,
+    allow_unsandboxed: solving.Unsandboxed = False,
+    out: solving.Out = None,
     json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure models side by side on the same held-out text."""
+    """Measure models side by side: on the same held-out text, or by the programs they write."""
+    asked: dict[str, Any] = {
+        "prompt": prompt, "samples_per_task": samples_per_task, "temperature": temperature,
+        "k": k, "limit": limit, "max_new_tokens": max_new_tokens,
+        "allow_unsandboxed": allow_unsandboxed, "out": out,
+    }  # fmt: skip
+    solving.check(tasks, given, recipe, asked)
+    if tasks is not None:
+        from . import bench_tasks
+
+        taken = ("batch_size", "trust_remote_code", *MACHINE)
+        asked |= {name: given[name] for name in taken}
+        wanted = {name: value for name, value in asked.items() if value is not None}
+        solved = bench_tasks.bench(None, models, sets=tasks, console=told_on(quiet), **wanted)
+        return answer(json, solved.facts(), solved.shown())
     asked_for = settled(recipe, {**given, "model": models[0]})
     from . import benchmark, show
 

