@@ -10,8 +10,10 @@ import pytest
 import typer
 
 import llm_narrow
+from commands import refused
 from llm_narrow import cli
 from llm_narrow.recipe import FLAGS, Recipe
+from llm_narrow.to_gguf import Exported
 
 CHANGED = {
     "--model": "other", "--domain": "other", "--revision": "v1", "--glob": "*.md",
@@ -133,3 +135,59 @@ def test_help_and_import_load_nothing_heavy() -> None:
         "assert not found, found"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_every_flag_of_tasks_arrives(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    caught: dict[str, Any] = {}
+
+    def stop(recipe: None, names: list[str], console: object, **given: object) -> None:
+        caught.update(given, names=names)
+        raise llm_narrow.BadInput("far enough")
+
+    monkeypatch.setattr("llm_narrow.bench_tasks.bench", stop)
+    line = "bench m n --tasks humaneval --prompt raw --samples-per-task 5 --temperature 0.5 --k 1,5 --limit 3 --max-new-tokens 64 --batch-size 8 --allow-unsandboxed --out answers --seed 1 --device cpu --dtype bfloat16 --trust-remote-code"  # noqa: E501
+    done = run(*line.split())
+    assert "far enough" in done.err
+    assert caught == {
+        "names": ["m", "n"], "sets": "humaneval", "prompt": "raw", "samples_per_task": 5,
+        "temperature": 0.5, "k": "1,5", "limit": 3, "max_new_tokens": 64, "batch_size": 8,
+        "allow_unsandboxed": True, "out": Path("answers"), "seed": 1, "device": "cpu",
+        "dtype": "bfloat16", "trust_remote_code": True,
+    }  # fmt: skip
+    command = typer.main.get_command(cli.app).commands["bench"]  # type: ignore[attr-defined]
+    flags = {o.opts[0] for o in command.params if o.opts[0].startswith("--")}
+    of_text = {cli.cli_show.solving.flag(name) for name in cli.cli_show.solving.OF_TEXT}
+    assert flags == of_text | ABOUT_THE_CALL - {"--force", "--dry-run", "--scores"} | {
+        word for word in line.split() if word.startswith("--")
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("bench m --limit 0", "--limit is about problems to solve"),
+        ("bench m --k 1 --prompt raw", "--prompt and --k is about"),
+        ("bench m --tasks mbpp --domain d --no-speed", "--domain and --speed is about held-out"),
+        ("bench m --tasks mbpp --recipe r.yaml", "--recipe is about held-out text"),
+    ],
+)
+def test_flags_of_bench_that_would_do_nothing_are_refused(run: Any, line: str, told: str) -> None:
+    refused(run(*line.split()), told)
+
+
+def test_export_arrives(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    caught: list[Any] = []
+
+    def made(*names: Path, track: object, **given: object) -> Exported:
+        caught.append((names, given))
+        return Exported(tmp_path / "x.gguf", 1000, "llama", "q8_0", ("a",), ("Known.",), None)
+
+    monkeypatch.setattr("llm_narrow.to_gguf.export", made)
+    done = run("export", "runs/x", "--out", "x.gguf", "--quantize", "q8_0", "--force", "--no-check")
+    assert done.code == 0, done.err
+    assert caught == [
+        ((Path("runs/x"), Path("x.gguf")), {"quantize": "q8_0", "force": True, "check": False})
+    ]
+    told = " ".join(done.out.split())
+    assert "llama, q8_0, 1.0 kB" in told and "1 tensors are in f16" in told and "Known." in told
+    refused(run("export", "x", "--out", "y", "--to", "onnx"), "Format 'onnx' is unknown")

@@ -1,5 +1,6 @@
 """The commands that make something: models, runs, scores. Heavy imports are inside them."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -200,3 +201,28 @@ def compare(
         console=told_on(quiet),
     )  # fmt: skip
     answer(json, result.facts(), result.shown())
+
+
+def export(
+    model: Annotated[Path, typer.Argument(help="A run folder, or a model folder.")],
+    out: Annotated[Path, typer.Option(help="The file to write, e.g. narrow.gguf.")],
+    to: Annotated[str, typer.Option(help="The format: gguf, for llama.cpp.")] = "gguf",
+    quantize: Annotated[str, typer.Option(help="f32, f16, bf16, q8_0 or q4_0.")] = "f16",
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Have llama.cpp say the same as here.")
+    ] = True,
+    force: Force = False,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model for another runtime, and check that it says the same there."""
+    from . import show, to_gguf
+    from .errors import UnknownName
+    from .inputs import track_on
+
+    if to != "gguf":
+        raise UnknownName("Format", to, ["gguf"])
+    track = track_on(told_on(quiet))
+    result = to_gguf.export(model, out, quantize=quantize, force=force, check=check, track=track)
+    answer(json, asdict(result), show.exported(result))

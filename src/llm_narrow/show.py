@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .rows import Row
     from .scoring import Scored
     from .stages import Pruned
+    from .to_gguf import Exported
 
 
 def plan(found: "Plan", stability: Mapping[str, float]) -> RenderableType:
@@ -118,6 +119,29 @@ def rows(found: "Sequence[Row]") -> RenderableType:
         if any(re.search(r"\d", cell) for cell in cells):
             table.add_row(name, *cells)
     return table
+
+
+def exported(result: "Exported") -> RenderableType:
+    """Where the file is, what was found of it, and what its user has to know."""
+    what = f"{result.arch}, {result.quantization}, {size(result.bytes)}"
+    lines = [f"Written to {result.file}: {what}."]
+    if found := result.check:
+        judged = "" if found.tolerance is None else f" (at most {found.tolerance:g} is allowed)"
+        lines += [
+            f"{found.runtime}: {found.whole} of {found.prompts} prompts go on with the very same "
+            f"tokens as in transformers, {found.same} of {found.tokens} greedy tokens are the "
+            f"same, and {found.ties} more are as good within the tolerance.",
+            f"Log-probabilities differ by {found.difference:.1e} of the largest logit{judged}; the "
+            f"loss of a text is {found.loss_there:.4f} there and {found.loss:.4f} here, and "
+            f"{percent(found.agreement)} of its likeliest tokens agree. {found.texts} texts are "
+            "encoded the same.",
+        ]
+    if result.wide:
+        lines.append(
+            f"{len(result.wide)} tensors are in f16, as their rows fill no whole blocks: "
+            f"{', '.join(result.wide[:4])}{' …' * (len(result.wide) > 4)}"
+        )
+    return Group(*lines, *result.notes)
 
 
 def inspected(result: "Inspected") -> RenderableType:
