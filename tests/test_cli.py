@@ -75,15 +75,26 @@ def test_no_flag_of_prune_is_dead(settled: Any) -> None:
     assert (paper.lasso.step, paper.lasso.penalty) == ("gradient", "hoyer")
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/recipes.md"])
-def test_the_commands_of_the_documents_parse(document: str, settled: Any) -> None:
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/recipes.md", "docs/tasks.md", "docs/export.md"]
+)
+def test_the_commands_of_the_documents_parse(
+    document: str, settled: Any, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: object, **given: object) -> None:
+        raise llm_narrow.BadInput("far enough")
+
+    monkeypatch.setattr("llm_narrow.bench_tasks.bench", stop)
+    monkeypatch.setattr("llm_narrow.to_gguf.export", stop)
     root = Path(__file__).parent.parent
     text = (root / document).read_text().replace("\\\n", " ")
     commands = [line for line in text.splitlines() if line.lstrip("$ ").startswith("llm-narrow ")]
     assert commands
     for line in commands:
         words = shlex.split(line.lstrip("$ "), comments=True)[1:]
-        if words[0] in ("prune", "score", "bench"):
+        if "--tasks" in words or words[0] == "export":
+            assert "far enough" in run(*words).err, line
+        elif words[0] in ("prune", "score", "bench"):
             words = [str(root / w) if w.startswith("recipes/") else w for w in words]
             assert settled(*words), line
 
