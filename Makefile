@@ -6,13 +6,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?= runs/demo
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test long lint types bench clean
 
 demo: $(VENV)/made
 	$(BIN)/llm-narrow prune --model smollm2-135m --domain python --out $(OUT) --force
 
 test: $(VENV)/made-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
+
+long: $(VENV)/made-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m long
 
 lint: $(VENV)/made-dev
 	$(BIN)/ruff check .

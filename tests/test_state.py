@@ -79,6 +79,7 @@ def test_killed_at_random_moments_the_run_ends_in_the_same_bits(mode: str, tmp_p
     assert found["resumed"] >= 1
 
 
+@pytest.mark.long
 @pytest.mark.real
 @pytest.mark.parametrize("mode", ["language", "cached"])
 def test_killed_often(mode: str, tmp_path: Path) -> None:

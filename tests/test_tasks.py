@@ -161,6 +161,7 @@ def test_parses():
     assert not parses("(" * 1000)
 
 
+@pytest.mark.long
 @pytest.mark.real
 @pytest.mark.parametrize(("name", "number"), [("humaneval", 164), ("mbpp", 500)])
 def test_every_reference_solution_passes(name, number):

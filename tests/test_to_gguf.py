@@ -517,6 +517,7 @@ def test_composed_accents_are_told(tmp_path, own):
     assert to_gguf.export(own, tmp_path / "n.gguf", check=False, quantize="q8_0").wide
 
 
+@pytest.mark.long
 @pytest.mark.real
 def test_smollm2_says_the_same_in_llama_cpp(tmp_path):
     folder = models.load("smollm2-135m").folder

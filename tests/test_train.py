@@ -347,6 +347,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
+@pytest.mark.long
 @pytest.mark.real
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_memory_of_a_step_at_a_large_vocabulary(precision: str) -> None:
