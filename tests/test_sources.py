@@ -214,7 +214,7 @@ def test_hub_data_sets(tmp_path: Path) -> None:
     assert {error["error"] for error in errors} == {"BadInput"}
     assert "'me/broken' cannot be read: JSON parse error" in errors[0]["told"]
     for error, closed in zip(errors[1:], ("me/closed", "me/empty", "me/nothing"), strict=True):
-        assert f"The hub has no open data set '{closed}'" in error["told"]
+        assert f"There is no open data set '{closed}'" in error["told"]
 
     # The server is gone: what was streamed once is still there, the rest cannot be reached.
     again, beyond = load_apart(

@@ -48,3 +48,8 @@ def problems(source: str, found: Sequence[str]) -> BadInput:
     plural = "problem" if len(found) == 1 else "problems"
     lines = [f"{source}: {len(found)} {plural}", *(f"  {line}" for line in found)]
     return BadInput("\n".join(lines))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, as a sentence."""
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".") + "."

@@ -16,10 +16,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .errors import BadInput, Unreachable
+from .errors import BadInput, Unreachable, first_line
 from .packages import fetch
 from .pins import Part, pinned_packages
 from .progress import Track
@@ -336,32 +337,33 @@ def hub(name: str, asked: Asked, *, python: bool = False) -> Source:
     most = asked.max_documents or HUB_DOCUMENTS
 
     def read(track: Track) -> Iterator[Raw]:
-        rows = track(_streamed(name, most), "Streaming rows", most)
+        local = "Local ways: --domain python-stdlib, a folder, or a .jsonl, .parquet or .txt file."
+        first = islice(streamed(name, "train", local=local), most)
+        rows = track(first, "Streaming rows", most)
         yield from _documents(rows, asked, f"hub data set {name}")
 
     return Source(f"hub data set {name}, first {most:,} rows", f"hub {name} {most}", read, python)
 
 
-def _streamed(name: str, most: int) -> Iterator[Row]:
+def streamed(
+    name: str, split: str, *, local: str, revision: str | None = None
+) -> Iterator[Row]:
+    """The rows of a data set of the hub or in a folder, of the split if it has it, else the first.
+
+    Raises BadInput and Unreachable, which end with `local`, the ways that need no hub.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
-    local = "Local ways: --domain python-stdlib, a folder, or a .jsonl, .parquet or .txt file."
     try:
-        splits = load_dataset(name, streaming=True)
-        rows = iter(splits["train" if "train" in splits else next(iter(splits))].take(most))
-        while (row := next(rows, None)) is not None:
-            yield row
+        splits = load_dataset(name, revision=revision, streaming=True)
+        yield from splits[split if split in splits else next(iter(splits))]
     except FileNotFoundError as error:
-        raise BadInput(f"The hub has no open data set {name!r}: {_first(error)} {local}") from error
+        told = f"There is no open data set {name!r}: {first_line(error)} {local}"
+        raise BadInput(told) from error
     except (OSError, HTTPError) as error:
-        told = f"Hub data set {name!r} cannot be reached now: {_first(error)} {local}"
+        told = f"Data set {name!r} cannot be reached now: {first_line(error)} {local}"
         raise Unreachable(told) from error
     except (ValueError, DatasetsError) as error:
-        raise BadInput(f"Hub data set {name!r} cannot be read: {_first(error)} {local}") from error
-
-
-def _first(error: BaseException) -> str:
-    """The first line of what an error says, as a sentence."""
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".") + "."
+        raise BadInput(f"Data set {name!r} cannot be read: {first_line(error)} {local}") from error

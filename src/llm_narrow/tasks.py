@@ -19,12 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import BadInput, UnknownName, Unreachable, problems
+from .errors import BadInput, UnknownName, first_line, problems
 from .packages import Package, fetch
 from .progress import Track, silent
 from .sandbox import LIMITS, Limits, Outcome, run
+from .sources import Row, streamed
 
-Row = Mapping[str, Any]
 Prompt = Literal["raw", "chat"]
 FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:\n?```|\Z)", re.DOTALL)
 PATIENT = Limits(cpu_seconds=60, wall_seconds=180)  # MBPP/123 takes seconds where all is quiet
@@ -240,26 +240,9 @@ def _stated(rows: Iterable[tuple[str, Any]], source: str) -> list[Problem]:
 
 def _data_set(name: str) -> list[Row]:
     """The rows of a data set in a folder or on the hub: its test split, else its first."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-
-    local = "A .jsonl file or a folder with one will do as well."
     repo, _, revision = name.partition("@") if not Path(name).is_dir() else (name, "", "")
-    try:
-        splits = load_dataset(repo, revision=revision or None, streaming=True)
-        return list(splits["test" if "test" in splits else next(iter(splits))])
-    except FileNotFoundError as error:
-        raise BadInput(f"There is no open data set {name!r}: {_first(error)} {local}") from error
-    except (OSError, HTTPError) as error:
-        told = f"Data set {name!r} cannot be reached now: {_first(error)} {local}"
-        raise Unreachable(told) from error
-    except (ValueError, DatasetsError) as error:
-        raise BadInput(f"Data set {name!r} cannot be read: {_first(error)} {local}") from error
-
-
-def _first(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".") + "."
+    local = "A .jsonl file or a folder with one will do as well."
+    return list(streamed(repo, "test", revision=revision or None, local=local))
 
 
 def _problem(row: Any) -> Problem:
@@ -350,7 +333,7 @@ def _parsed(code: str, what: str) -> ast.Module:
             warnings.simplefilter("ignore", DeprecationWarning)  # … and was this in Python 3.11.
             return ast.parse(code)
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"{what} is not Python ({_first(error)})") from error
+        raise ValueError(f"{what} is not Python ({first_line(error)})") from error
 
 
 def _called(test: str, reference: str | None) -> str:
