@@ -357,7 +357,7 @@ def test_finished_runs_are_not_repeated_and_other_settings_are_refused(
     told = str(caught.value)
     assert "compare.seeds was 2 and is 3 now" in told
     assert "compare.lrs was [0.001, 0.003] and is [0.001] now" in told
-    assert "train.mix was 0.8 and is 0.5 now" in told
+    assert "train.mix was 0.3 and is 0.5 now" in told
 
 
 def test_weights_of_the_sweep_are_not_kept(whole: Seen) -> None:
