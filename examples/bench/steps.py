@@ -51,7 +51,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="timed in each turn")
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--weigh", choices=("chunked", "whole"), help=argparse.SUPPRESS)
+    parser.add_argument("--weigh", choices=("chunked", "whole"),
+                        help="print the peak of two steps in bytes, and stop")  # fmt: skip
+    parser.add_argument("--checkpointing", action="store_true",
+                        help="weigh with activation checkpointing")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -102,6 +105,7 @@ def apart(args: argparse.Namespace, how: str) -> int:
     """The peak of a fresh process, in bytes."""
     names = ("model", "length", "batch_size", "seed", "device", "domain", "calibration_tokens")
     line = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
+    line += ["--checkpointing"] * args.checkpointing
     done = subprocess.run([sys.executable, __file__, *line, "--weigh", how],
                           capture_output=True, text=True, check=True)  # fmt: skip
     return int(done.stdout.split()[-1])
@@ -123,7 +127,8 @@ def weighed(args: argparse.Namespace) -> int:
     start = results.start(args, measures=False)
     blocks = start.calibration
     settings = Settings(2 * args.batch_size * blocks.tokens.shape[1], batch_size=args.batch_size,
-                        bf16=start.inputs.bf16, choose="last")  # fmt: skip
+                        bf16=start.inputs.bf16, checkpointing=args.checkpointing,
+                        choose="last")  # fmt: skip
     train(start.inputs.loaded.model, blocks, settings=settings,
           loss=language_loss if args.weigh == "chunked" else whole)  # fmt: skip
     return results.peak_bytes()
@@ -138,7 +143,8 @@ def page(rows: list[dict[str, Any]], peaks: dict[str, int], args: argparse.Names
         lines.append(f"| {row['kind']} | {row['median']:.2f} ({min(found):.2f} to "
                      f"{max(found):.2f}) | {row['median'] / plain:.3f} |")  # fmt: skip
     if peaks:
-        lines += ["", "| peak memory of a training process | MB |", "| --- | --: |"]
+        how = ", activation checkpointing" * args.checkpointing
+        lines += ["", f"| peak memory of a training process{how} | MB |", "| --- | --: |"]
         lines += [f"| loss in pieces | {peaks['chunked'] / 1e6:,.0f} |",
                   f"| logits whole | {peaks['whole'] / 1e6:,.0f} |",
                   f"| ratio | {peaks['chunked'] / peaks['whole']:.2f} |"]  # fmt: skip
