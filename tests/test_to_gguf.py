@@ -248,6 +248,15 @@ def test_quantised(tmp_path, llama, quantize):
     assert 0 < error <= step
 
 
+def test_the_loss_of_each_side_is_told_as_its_own(tmp_path, llama):
+    exact, rounded = (
+        to_gguf.export(llama, tmp_path / f"{kind}.gguf", quantize=kind).check
+        for kind in ("f32", "q4_0")
+    )
+    assert rounded.loss == pytest.approx(exact.loss, abs=1e-6)  # transformers', of the folder
+    assert abs(rounded.loss_there - exact.loss_there) > 1e-4
+
+
 def test_numbers_too_large_for_f16(tmp_path, own):
     state = load_file(own / "model.safetensors")
     state["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e5
