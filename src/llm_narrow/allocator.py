@@ -1,8 +1,8 @@
 """How the C library holds memory: freed tensors are kept for the next ones.
 
 glibc asks the system for every piece above 32 MB anew and gives it back when it is freed. Each
-page of it is then zeroed and faulted in again: an eighth of a distilled training step on CPUs
-(SmolLM2-135M, 2,048 tokens: 8.5 s for 9.7 s), for a tenth more memory at the peak.
+page of it is then zeroed and faulted in again, which slows training on CPUs; keeping it costs some
+memory at the peak (docs/log.md has what it came to).
 """
 
 import ctypes
