@@ -1,28 +1,33 @@
 """Comparisons: fair by construction, resumable to the same rows, and answered as by hand."""
 
+import io
 import json
 import math
 import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from commands import left_behind, refused
+from llm_narrow import compare_jobs, compare_shapes, distill, inputs, outcome, recipe, train
 from llm_narrow import compare_runs as comparison
-from llm_narrow import compare_shapes, distill, inputs, recipe, train
+from llm_narrow.claims import claimed
 from llm_narrow.compare_cells import apart, shuffled_back, stream
-from llm_narrow.errors import BadInput, TargetOutOfReach
+from llm_narrow.errors import BadInput, NarrowError, TargetOutOfReach
 from llm_narrow.families import find_groups
 from llm_narrow.models import Loaded
 from llm_narrow.plan import by_parameters
 from llm_narrow.rows import Estimate, Row
+from llm_narrow.scores import CRITERIA
 from llm_narrow.units import remove
 from tiny import CONFIGS, outputs, tiny
 
@@ -76,7 +81,7 @@ def whole(
     fed: dict[tuple[str, str], list[list[int]]] = {}
     held_out: list[str] = []
     validated: set[str] = set()
-    block, sums = train._Run._block, comparison.outcome.benchmark.document_sums
+    block, sums = train._Run._block, outcome.benchmark.document_sums
 
     def fed_with(self: Any, at: int) -> int:
         index = block(self, at)
@@ -103,11 +108,12 @@ def whole(
 def go(model_folder: Path, domain_folder: Path, tmp_path: Path) -> Any:
     """The same comparison, or another, into a folder of the test's own."""
 
+    names = {"model": model_folder, "domain": domain_folder, "out": tmp_path / "out"}
+
     def compare(**given: Any) -> comparison.Compared:
-        names = {"model": model_folder, "domain": domain_folder, "out": tmp_path / "out"}
         return comparison.compare(**{**names, **ASKED, **given})
 
-    return compare
+    return partial(compare, **names)
 
 
 # What makes it fair ---------------------------------------------------------------------------
@@ -711,3 +717,65 @@ def test_the_commands_of_the_documents_can_be_asked_for(
             per_step = compare_shapes.tokens_per_step(settled)
             total = sum(compare_shapes.trained_tokens(one))
             assert asked.tokens <= total < asked.tokens + per_step
+
+
+# Several processes ----------------------------------------------------------------------------
+
+
+def test_what_another_process_is_at_is_left_to_it(go: Any, tmp_path: Path) -> None:
+    whole_run = {"methods": "scratch,distilled", "seeds": 1, "lrs": "1e-3"}
+    go(**whole_run)
+    shutil.rmtree(tmp_path / "out/scratch-85-percent-seed-0")
+    shutil.rmtree(tmp_path / "out/distilled-85-percent-seed-0")
+    work, text = tmp_path / "out/work", io.StringIO()
+    settings = json.loads((work / "settings.json").read_text())
+    asked = compare_shapes.Asked(**settings["compare"])
+    given = {"model": str(go.keywords["model"]), "domain": str(go.keywords["domain"])}
+    settled = recipe.load(None, {**given, **SETTINGS, "recover_tokens": 768}, criteria=CRITERIA)
+    with claimed(work, "scratch-85-percent-seed-0"):
+        # A claim is a process's own; within one, another lock object stands for the other.
+        comparison.join(settled, asked, tmp_path / "out", "…", Console(file=text))
+    assert not (tmp_path / "out/scratch-85-percent-seed-0").exists()
+    assert (tmp_path / "out/distilled-85-percent-seed-0/manifest.json").exists()
+    comparison.join(settled, asked, tmp_path / "out", "…", Console(file=text))
+    assert (tmp_path / "out/scratch-85-percent-seed-0/manifest.json").exists()
+
+
+@pytest.mark.long
+def test_processes_share_the_runs_of_a_comparison(
+    whole: Seen, go: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = io.StringIO()
+    done = go(methods="scratch,distilled,random", seeds=1, jobs=2, console=Console(file=text))
+    assert done.answers is not None and len(done.answers.lines) == 3
+    logs = [file.read_text() for file in sorted((tmp_path / "out/work/jobs").glob("job-*.log"))]
+    assert len(logs) == 2
+    for method in ("scratch", "distilled", "random"):
+        told = f"{method} at 85%, seed 0, learning rate"
+        assert sum(log.count(told) for log in logs) == 1  # by one of them, and once
+        assert f"{method} at 85%, seed 0: done" in text.getvalue()
+        ours, theirs = (
+            json.loads((folder / f"{method}-85-percent-seed-0/manifest.json").read_text())
+            for folder in (tmp_path / "out", whole.folder)
+        )
+        assert ours["recover"]["validation"] == pytest.approx(theirs["recover"]["validation"])
+
+
+@pytest.mark.long
+def test_a_process_that_fails_ends_the_others(go: Any, tmp_path: Path) -> None:
+    go(methods="scratch", seeds=1, lrs="1e-3")
+    (tmp_path / "out/scratch-85-percent-seed-0/manifest.json").unlink()
+    with pytest.raises(NarrowError, match=r"Process \d failed: .*exists already") as caught:
+        go(methods="scratch", seeds=1, lrs="1e-3", jobs=2)
+    assert "go on with the same command" in str(caught.value.__notes__)
+
+
+def test_the_machine_is_shared_among_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [compare_jobs.share(cpu, n, 2) for n in (0, 1)] == [{"OMP_NUM_THREADS": "2"}] * 2
+    assert compare_jobs.share(cpu, 3, 8) == {"OMP_NUM_THREADS": "1"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    shared = [compare_jobs.share(gpu, n, 3)["CUDA_VISIBLE_DEVICES"] for n in range(3)]
+    assert shared == ["4", "6", "4"]
+    assert compare_jobs.share(torch.device("cuda:1"), 0, 2) == {}

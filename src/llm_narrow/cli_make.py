@@ -178,6 +178,7 @@ def compare(
     targets: comparing.Targets = None,
     source: comparing.From = None,
     strict: comparing.Strict = False,
+    jobs: comparing.Jobs = 1,
     out: comparing.Out = None,
     dry_run: comparing.DryRun = False,
     json: AsJson = False,
@@ -197,7 +198,7 @@ def compare(
     result = comparison.compare(
         settled(recipe, asked, lambda name: spelled.get(name) or flag(name)),
         sizes=sizes, tokens=tokens, out=out, seeds=seeds, methods=methods, lrs=lrs,
-        sweep_share=sweep_share, targets=targets, dry_run=dry_run, command=line,
+        sweep_share=sweep_share, targets=targets, jobs=jobs, dry_run=dry_run, command=line,
         console=told_on(quiet),
     )  # fmt: skip
     answer(json, result.facts(), result.shown())

@@ -20,6 +20,7 @@ from rich.console import Console
 from . import inputs, outcome, scoring, stages, train, training, work
 from .blocks import Blocks
 from .cache import written_whole
+from .claims import claimed
 from .compare_cost import Prices, run_flops
 from .compare_shapes import (
     METHODS,
@@ -66,6 +67,7 @@ class Ground:
     command: str
     console: Console
     track: Track
+    jobs: int = 1  # processes that share the runs
 
 
 @dataclass(frozen=True)
@@ -304,8 +306,11 @@ def _lend(source: Path, target: Path, part: str) -> None:
     """Let a finished part be one of another run too; the disk holds it once where it can."""
     if not (source / part).exists() or (target / part).exists():
         return
-    with written_whole(target / part) as fresh_folder:
-        shutil.copytree(source / part, fresh_folder, dirs_exist_ok=True, copy_function=_linked)
+    with claimed(target, part, wait=True):  # two processes may lend the same
+        if (target / part).exists():
+            return
+        with written_whole(target / part) as fresh_folder:
+            shutil.copytree(source / part, fresh_folder, dirs_exist_ok=True, copy_function=_linked)
 
 
 def _linked(source: str, target: str) -> None:

@@ -76,12 +76,12 @@ def run_flops(recipe: Recipe, shape: Shape, method: str, prices: Prices) -> Flop
 
 def forecast(
     asked: Asked, recipe: Recipe, shapes: Mapping[str, Shape], prices: Prices, out: Path,
-    *, tried: Sequence[Attempt] = (), rate: float | None = None,
+    *, tried: Sequence[Attempt] = (), rate: float | None = None, jobs: int = 1,
 ) -> Forecast:  # fmt: skip
     """What the comparison in the folder `out` takes, and what is left of it.
 
-    `tried` are the attempts that are done. `rate` in FLOP per second holds where no run is
-    finished that could tell it.
+    `tried` are the attempts that are done. `rate` in FLOP per second, of one process of `jobs`,
+    holds where no run is finished that could tell it.
     """
     cells = asked.cells(recipe.seed)
     first = {(c.method, c.size): c for c in cells if c.seed == recipe.seed}
@@ -119,9 +119,23 @@ def forecast(
         tokens=sum(tokens for tokens, _ in all_work.values()),
         flops=sum(flops for _, flops in all_work.values()),
         bytes=sum(4 * shapes[cell.size].parameters for cell in cells),
-        seconds=sum(all_work[one][1] for one in left) / rate if rate else None,
+        seconds=_longest(left, all_work, jobs) / rate if rate else None,
         timed=timed,
     )  # fmt: skip
+
+
+def _longest(
+    left: Sequence[Cell | Attempt], work: Mapping[Cell | Attempt, tuple[int, float]], jobs: int
+) -> float:
+    """FLOPs of the process with the most of them; those of a method and size are done by one."""
+    together: dict[tuple[str, str], float] = {}
+    for one in left:
+        key = one.method, one.size
+        together[key] = together.get(key, 0.0) + work[one][1]
+    each = [0.0] * jobs
+    for flops in together.values():  # in turn, to the process that is free first
+        each[each.index(min(each))] += flops
+    return max(each)
 
 
 def timed_rate(

@@ -34,6 +34,7 @@ From = Annotated[
     typer.Option("--from", help="Only answer, from these runs or comparisons; repeatable."),
 ]
 Strict = Annotated[bool, typer.Option(help="With --from: refuse missing and half-written runs.")]
+Jobs = Annotated[int, typer.Option(help="Processes that share the runs; on GPUs, one each.")]
 Out = Annotated[Path | None, typer.Option(help="The folder of all runs.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the runs and how long they take, and stop.")

@@ -6,33 +6,27 @@ them in `work`, so that the same call goes on where it was stopped, and nothing 
 
 import json
 import shutil
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
 
-from . import cost, inputs, outcome, processes, work
+from . import compare_jobs, inputs, work
 from . import recipe as recipes
-from .cache import written_whole
+from .claims import claimed
 from .compare_answers import Answers, answers
-from .compare_cells import Ground, apart, attempted, chosen, written
-from .compare_cost import Forecast, Prices, forecast, timed_rate
-from .compare_shapes import METHODS, Asked, Attempt, Shape, forward_flops, recipe_of, shapes_of
+from .compare_begin import WORK, foreseen, opened, progress, read
+from .compare_cells import Ground, attempted, chosen, written
+from .compare_cost import Forecast
+from .compare_shapes import METHODS, Asked, Cell, Shape
 from .compare_text import compared, left_text, markdown, planned
 from .errors import BadInput
-from .inputs import Inputs
-from .manifest import Clock
-from .measure import DocumentSums
 from .outcome import Before
-from .progress import Track
 from .recipe import Recipe
-from .rows import Row
 from .scores import CRITERIA
-from .work import Job, Work
-
-WORK = "work"  # of the folder of a comparison: what was asked for, and what is not finished
 
 
 @dataclass(frozen=True)
@@ -77,6 +71,7 @@ def compare(
     lrs: str | Sequence[float] = (1e-4, 3e-4, 1e-3),
     sweep_share: float = 0.2,
     targets: Sequence[float] | None = None,
+    jobs: int = 1,
     dry_run: bool = False,
     command: str | None = None,
     console: Console | None = None,
@@ -88,8 +83,8 @@ def compare(
     For every method and size the learning rates are tried on `sweep_share` of the tokens, and the
     best by the loss on blocks of the calibration part that nothing is scored on is taken; held-out
     text is measured once per run, at its end. `targets` are losses to ask the tokens and sizes for,
-    chosen from what was reached unless given. Writes run folders, compare.json and compare.md
-    below `out`; with `dry_run` nothing.
+    chosen from what was reached unless given. `jobs` processes share the runs. Writes run folders,
+    compare.json and compare.md below `out`; with `dry_run` nothing.
 
     Raises TargetOutOfReach for sizes that cannot be reached, before anything is run, and BadInput
     where `out` holds a comparison with other settings, with every one that differs.
@@ -112,41 +107,17 @@ def compare(
         sizes=sizes, methods=methods, lrs=lrs, seeds=seeds, tokens=recipe.recover.tokens,
         sweep_share=sweep_share,
     )  # fmt: skip
-    _check(recipe)
+    if jobs < 1:
+        raise BadInput(f"--jobs must be at least 1, got {jobs}")
     place = Path(out)
-    settings = {"compare": asdict(asked), **_same(recipe)}
-    _check_same(place, settings)
-    clock = Clock()
-    with clock.stage("load"):
-        start = inputs.gather(recipe, track=track)
-    shapes = shapes_of(recipe, start, asked.sizes)
-    for shape in shapes.values():  # what cannot be run is told before anything is
-        for method in asked.methods:
-            for share in (1.0, sweep_share):
-                recipe_of(
-                    recipe, asked, shape, method, seed=recipe.seed, lr=asked.lrs[0], share=share
-                )
-    prices = _prices(recipe, asked, start, track)
-    packed = inputs.blocks_of(start.loaded, start.domain, "train", recipe, track=track)
-    text = inputs.blocks_of(start.loaded, start.domain, "calibration", recipe, track=track)
-    free, validation = apart(text, recipe.train.validation_tokens)
-    if any(not METHODS[method] for method in asked.methods):
-        free.take(recipe.score.tokens, seed=recipe.seed)
     if dry_run:
-        rate = timed_rate(asked, recipe, start, shapes, prices, packed)
-        found = forecast(
-            asked, recipe, shapes, prices, place, tried=_tried(place, asked, recipe), rate=rate
-        )
+        shapes, found = foreseen(recipe, asked, place, jobs, track)
         return Compared(None, tuple(shapes.values()), found, None)
-    left = _begun(place, settings)
     line = command or f"llm_narrow.compare({told})"
-    before = _whole(recipe, start, left, console, track, clock)
-    ground = Ground(
-        asked, recipe, replace(start, loaded=replace(start.loaded, model=None)), shapes, prices,
-        packed, free, validation, left, line, console, track,
-    )  # fmt: skip
-    del start  # the whole model is loaded where a run begins with it
+    ground, before = opened(recipe, asked, place, line, jobs, console, track)
     try:
+        if jobs > 1:
+            compare_jobs.run(ground, recipe, jobs)
         _run(ground, before)
     except BaseException as error:
         error.add_note("What is done is kept; go on with the same command.")
@@ -155,7 +126,13 @@ def compare(
         [place / cell.name for cell in asked.cells(recipe.seed)], targets=targets
     )
     write(place, found_answers, line)
-    return Compared(place, tuple(shapes.values()), None, found_answers)
+    return Compared(place, tuple(ground.shapes.values()), None, found_answers)
+
+
+def join(recipe: Recipe, asked: Asked, place: Path, line: str, console: Console) -> None:
+    """Do those runs of a comparison that has begun which no other process is at."""
+    ground, before = opened(recipe, asked, place, line, 1, console, inputs.track_on(console))
+    _run(ground, before, wait=False)
 
 
 def recompute(
@@ -195,7 +172,7 @@ def runs_of(folder: Path) -> list[Path]:
             or any((p / name).exists() for name in ("manifest.json", "rows.jsonl"))
         }
         return sorted(found) or [folder]
-    held = _read(settings)
+    held = read(settings)
     try:
         cells = Asked(**held["compare"]).cells(int(held["seed"]))
     except (KeyError, TypeError, ValueError) as error:
@@ -216,136 +193,50 @@ def write(place: Path, found: Answers, line: str) -> None:
         fresh.replace(place / name)
 
 
-def _run(ground: Ground, before: Before) -> None:
-    """All runs that are not finished, each method and size after its own sweep."""
+def _run(ground: Ground, before: Before, *, wait: bool = True) -> None:
+    """All runs that are not finished, each method and size after its own sweep.
+
+    Those of a method and size that another process is at are left to it, with `wait` until it is
+    done or gone.
+    """
     cells = ground.asked.cells(ground.recipe.seed)
-    rates: dict[tuple[str, str], float] = {}
-    tried: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for number, cell in enumerate(cells, 1):
+    left = list(dict.fromkeys((cell.method, cell.size) for cell in cells))
+    told = False
+    while left:
+        busy = []
+        for method, size in left:
+            own = [cell for cell in cells if (cell.method, cell.size) == (method, size)]
+            with claimed(ground.work.folder, own[0].name) as mine:
+                if mine:
+                    _alike(ground, own, before)
+                else:
+                    busy.append((method, size))
+        left = busy if wait else []
+        if left and not told:
+            told = True
+            ground.console.print(f"Waiting for another process, which is at {len(left)} of them")
+        if left:
+            time.sleep(compare_jobs.POLL)
+
+
+def _alike(ground: Ground, cells: Sequence[Cell], before: Before) -> None:
+    """The runs of one method and size that are not finished."""
+    rate: float | None = None
+    tried: list[dict[str, Any]] = []
+    for cell in cells:
         place = ground.work.place / cell.name
         if (place / "manifest.json").is_file():
             shutil.rmtree(work.unfinished(place), ignore_errors=True)  # stopped right at its end
             continue
-        key = cell.method, cell.size
-        if key not in rates:
-            attempts = ground.asked.attempts(cell)
-            for attempt in attempts:
+        if rate is None:
+            for attempt in ground.asked.attempts(cell):
                 ground.console.print(
                     f"{cell.method} at {cell.size}: trying a learning rate of {attempt.lr:g}"
                 )
-                tried.setdefault(key, []).append(attempted(ground, attempt))
-            rates[key] = chosen(tried[key]) if attempts else ground.asked.lrs[0]
+                tried.append(attempted(ground, attempt))
+            rate = chosen(tried) if tried else ground.asked.lrs[0]
         ground.console.print(
-            f"Run {number} of {len(cells)}: {cell.method} at {cell.size}, seed {cell.seed}, "
-            f"learning rate {rates[key]:g}"
+            f"{cell.method} at {cell.size}, seed {cell.seed}, learning rate {rate:g}"
         )
-        written(ground, cell, rates[key], before, tried.get(key, []))
-        found = forecast(
-            ground.asked, ground.recipe, ground.shapes, ground.prices, ground.work.place,
-            tried=_tried(ground.work.place, ground.asked, ground.recipe),
-        )  # fmt: skip
-        ground.console.print(left_text(found))
-
-
-def _check(recipe: Recipe) -> None:
-    """Refuse what cannot be compared."""
-    if processes.count() > 1:
-        raise BadInput(
-            f"`compare` runs in one process, and this is one of {processes.count()}. Start it "
-            "without torchrun; runs made elsewhere can be joined with `compare --from`."
-        )
-    if recipe.prune.allocation != "uniform":
-        raise BadInput(
-            "prune.allocation must be uniform to compare: models of fresh weights need a shape "
-            f"that a stock config has. It is {recipe.prune.allocation}."
-        )
-    if recipe.recover.method != "full":
-        raise BadInput(
-            f"recover.method must be full to compare, got {recipe.recover.method}: fresh weights "
-            "have nothing for low-rank products to be added to."
-        )
-    if not recipe.lasso.fill:
-        raise BadInput(
-            "lasso.fill must be true to compare: else the lasso's models have a size of their own."
-        )
-
-
-def _prices(recipe: Recipe, asked: Asked, start: Inputs, track: Track) -> Prices:
-    model = start.loaded.model
-    whole = forward_flops(model, recipe)
-    teacher = whole
-    if recipe.train.teacher and set(asked.methods) != {"scratch"}:
-        teacher = forward_flops(
-            inputs.model_of(recipe, recipe.train.teacher, track=track).model, recipe
-        )
-    return Prices(cost.size(model).parameters, whole, teacher)
-
-
-def _tried(place: Path, asked: Asked, recipe: Recipe) -> list[Attempt]:
-    """The attempts that are done; those of finished runs too."""
-    attempts = {a for cell in asked.cells(recipe.seed) for a in asked.attempts(cell)}
-    return [a for a in attempts if (place / WORK / a.name / "facts.json").is_file()]
-
-
-def _whole(
-    recipe: Recipe, start: Inputs, left: Work, console: Console, track: Track, clock: Clock
-) -> Before:
-    """The whole model on held-out text, measured once for all runs."""
-    if (held := left.part("whole")) is not None:
-        tensors, facts = held
-        blocks = inputs.held_out(start.loaded, start.domain, recipe, track=track)
-        sums = DocumentSums(**tensors)
-        texts = tuple(facts["prompts"]), tuple(facts["written"])
-        return Before(blocks, sums, Row.from_dict(facts["row"]), *texts)
-    console.print("Measuring the whole model")
-    told: dict[str, Any] = {"domain": {"tokens": {}}}
-    before = outcome.measured_before(recipe, start, told, track, clock)
-    assert before is not None  # there is but one process
-    left.finish(
-        "whole",
-        dict(vars(before.sums)),
-        {"row": before.row.to_dict(), "prompts": before.prompts, "written": before.written},
-    )
-    return before
-
-
-def _same(recipe: Recipe) -> dict[str, Any]:
-    """What of the recipe has to be the same to go on."""
-    found = Job("prune", "", recipe.resolved()).same()
-    return {key: found[key] for key in found if key not in ("command", "scores")}
-
-
-def _begun(place: Path, settings: dict[str, Any]) -> Work:
-    """The folder of what is not finished; new where there is none."""
-    folder = place / WORK
-    resumed = folder.exists()
-    if not resumed:
-        if place.exists() and (not place.is_dir() or any(place.iterdir())):
-            raise BadInput(f"{place} exists already, and is no comparison. Choose another --out.")
-        with written_whole(folder) as fresh:
-            (fresh / "settings.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    return Work(folder, place, resumed)
-
-
-def _check_same(place: Path, settings: dict[str, Any]) -> None:
-    """Raise BadInput where the folder holds a comparison of other settings."""
-    file = place / WORK / "settings.json"
-    if not file.exists():
-        return
-    differ = work.differences(_read(file), json.loads(json.dumps(settings)))
-    if differ:
-        raise BadInput(
-            f"{place} is a comparison with other settings:\n"
-            + "".join(f"  {line}\n" for line in differ)
-            + "Go on with those, or choose another --out. `compare --from` then joins both."
-        )
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{file} cannot be read: {error}. Choose another folder.") from None
-    if not isinstance(found, dict):
-        raise BadInput(f"{file} must hold a JSON object, got {type(found).__name__}.")
-    return found
+        written(ground, cell, rate, before, tried)
+        ground.console.print(left_text(progress(ground)))

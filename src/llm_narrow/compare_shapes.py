@@ -20,7 +20,6 @@ from .inputs import Inputs
 from .plan import Plan, by_parameters
 from .recipe import Kind, Recipe
 from .scores import CRITERIA
-from .units import KINDS
 
 # Method -> whether it begins with fresh weights. What else tells it from others is in `recipe_of`.
 METHODS: dict[str, bool] = {
@@ -148,7 +147,7 @@ def shapes_of(recipe: Recipe, start: Inputs, sizes: Sequence[str]) -> dict[str, 
         if given or "heads" not in there:
             tried = [recipe.prune.chosen_kinds]
         else:
-            tried = [recipe.prune.chosen_kinds, KINDS]
+            tried = [recipe.prune.chosen_kinds, ("neurons", "heads")]
         for kinds in tried:
             try:
                 found[size] = _shape(recipe, start, size, kinds)

@@ -7,6 +7,7 @@ left is kept in the unfinished run's folder, so that a run that was stopped goes
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from . import inputs, processes, work
 from .blocks import Blocks
+from .claims import claimed
 from .distill import cached_distill_loss, cached_teacher, distill_loss
 from .errors import BadInput, NarrowError
 from .inputs import Inputs
@@ -239,10 +241,13 @@ def _loss(lessons: Lessons, blocks: Blocks) -> tuple[float | None, Loss]:
     if t.distill == "cached":
         own = lessons.work.folder / f"teacher-{blocks.sha256[:12]}", blocks
         folder, asked = lessons.shared or own
-        cached = cached_teacher(
-            teacher.model, asked, folder, k=t.top_k, temperature=t.temperature, name=teacher.sha256,
-            batch_size=recipe.blocks.batch_size, bf16=start.bf16, track=lessons.track,
-        )  # fmt: skip
+        # Processes that share a teacher ask it once; those of one run do it together.
+        with claimed(folder.parent, folder.name, wait=True) if lessons.shared else nullcontext():
+            cached = cached_teacher(
+                teacher.model, asked, folder, k=t.top_k, temperature=t.temperature,
+                name=teacher.sha256, batch_size=recipe.blocks.batch_size, bf16=start.bf16,
+                track=lessons.track,
+            )  # fmt: skip
         return lost, cached_distill_loss(cached, mix=t.mix)
     return lost, distill_loss(
         teacher.model, temperature=t.temperature, mix=t.mix, bf16=start.bf16
