@@ -32,7 +32,14 @@ def output_head(model: Any) -> Callable[[Tensor], Tensor]:
 
 
 def capped(model: Any, logits: Tensor) -> Tensor:
-    """What some architectures (Gemma) do to the logits after the output layer."""
+    """What some architectures do to the logits after the output layer.
+
+    Gemma bounds them, Cohere multiplies and Granite divides them by a number.
+    """
+    if (times := getattr(model, "logit_scale", None)) is not None:
+        logits = logits * times
+    if (by := getattr(model.config, "logits_scaling", None)) is not None:
+        logits = logits / by
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
