@@ -19,18 +19,23 @@ def sentences(seed: int, count: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_model(folder: Path, kind: str = "llama", **changes: object) -> Path:
-    """A tiny model of the kind with a byte-level tokenizer, as a stock checkpoint folder."""
+def write_model(
+    folder: Path, kind: str = "llama", *, vocabulary: int = 320, more: str = "", **changes: object
+) -> Path:
+    """A tiny model of the kind with a byte-level tokenizer, as a stock checkpoint folder.
+
+    `more` is text that the tokenizer is trained on beside that of the domain.
+    """
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320,
+        vocab_size=vocabulary,
         special_tokens=["<pad>", "<s>", "<end>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([sentences(99, 200)], trainer)
+    tokenizer.train_from_iterator([sentences(99, 200), more], trainer)
     settings = {"vocab_size": 384, "max_position_embeddings": 256, **changes}
     tiny(kind, **settings).save_pretrained(folder)  # type: ignore[operator]
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)

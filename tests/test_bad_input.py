@@ -70,7 +70,7 @@ def undeclared(folder: Path) -> Path:
 
     write_model(folder)
     config = AutoConfig.for_model(
-        "gptj", vocab_size=320, n_embd=32, n_layer=1, n_head=4, n_positions=256, rotary_dim=4
+        "codegen", vocab_size=320, n_embd=32, n_layer=1, n_head=4, n_positions=256, rotary_dim=4
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
@@ -91,7 +91,7 @@ def of_another_tokenizer(folder: Path) -> Path:
         (corrupt, ["model.safetensors"]),
         (pickled, ["safetensors", "pytorch_model.bin"]),
         (without_weights, ["weights"]),
-        (undeclared, ["'gptj'", "Declared: ", "docs/adding-an-architecture.md"]),
+        (undeclared, ["'codegen'", "Declared: ", "docs/adding-an-architecture.md"]),
         (quantised, ["quantised"]),
         (of_another_tokenizer, ["tokenizer"]),
     ],

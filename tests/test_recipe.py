@@ -64,7 +64,8 @@ def test_kinds_are_those_of_units() -> None:
         ({"target_params": "90X"}, "--target-params must be a number of parameters"),
         ({"target_params": "60%", "sparsity": 0.5}, "either --sparsity or --target-params"),
         ({"sparsity": "heads=0.2", "kinds": "heads"}, "leave --kinds out"),
-        ({"kinds": "neuron"}, "--kinds must be one or more of neurons, heads, got 'neuron'"),
+        ({"kinds": "neuron"},
+         "--kinds must be one or more of neurons, heads, experts, vocabulary, got 'neuron'"),
         ({"kinds": ""}, "--kinds must be one or more of"),
         ({"allocation": "globl"}, "Did you mean 'global'?"),
         ({"criterion": "atribution"}, "--criterion 'atribution' is unknown. Did you mean"),
@@ -114,7 +115,8 @@ def test_all_problems_of_a_file_at_once(tmp_path: Path) -> None:
         "  prune.sparsity must be at least 0 and below 1, or such a number for each kind "
         "(neurons, heads), got 1.5",
         "  key of prune 'sparcity' is unknown. Did you mean 'sparsity'? Known: allocation, "
-        "damping, kinds, method, multiple, refit, sparsity, target_params.",
+        "damping, kinds, method, multiple, refit, sparsity, target_params, vocabulary, "
+        "vocabulary_threshold.",
         "  key 'sed' is unknown. Did you mean 'seed'? Known: blocks, device, domain, dtype, "
         "lasso, measure, model, prune, recover, score, seed, train.",
         "  score.criterion 'atribution' is unknown. Did you mean 'attribution'? "

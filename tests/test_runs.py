@@ -101,13 +101,15 @@ def test_every_setting_is_read(
 ) -> None:
     """A setting that no code reads does nothing; whole runs have to read them all."""
     read: set[str] = set()
+    other = write_domain(tmp_path / "other", files=30)
     names = {"model": model_folder, "domain": domain_folder, "length": 32,
              "calibration_tokens": 512, "held_out_tokens": 256}  # fmt: skip
     recipes = [
         llm_narrow.recipe.load(None, {**names, **given})
         for given in (
             {"sparsity": 0.5},
-            {"target_params": "90%", "kinds": "neurons"},
+            {"target_params": "90%", "kinds": "neurons", "vocabulary": "domain",
+             "forget": str(other)},
             {**LEARNT, "method": "lasso", "distill": "cached"},
             {**LEARNT, "method": "lasso", "step": "gradient", "control": "fixed",
              "recover_method": "lora", "lora_rank": 2},

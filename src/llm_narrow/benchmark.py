@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from . import inputs, measure
+from . import inputs, measure, trimming
 from .blocks import Blocks
 from .cost import speed
 from .errors import BadInput
@@ -47,12 +47,18 @@ def bench(
     domain = inputs.domain_of(recipe, track=track)
     loaded: dict[str, Loaded] = {}
     sums: list[measure.DocumentSums] = []
+    first: Blocks | None = None
     for name in names:
         if name in loaded:
             raise BadInput(f"{name} is named twice; name each model once.")
         console.print(f"Measuring {name}")
         loaded[name] = inputs.model_of(recipe, name, track=track)
-        blocks = inputs.held_out(loaded[name], domain, recipe, track=track)
+        blocks = None
+        if first is not None:
+            blocks = trimming.held_out_as(loaded[names[0]], first, loaded[name])
+        if blocks is None:
+            blocks = inputs.held_out(loaded[name], domain, recipe, track=track)
+        first = blocks if first is None else first
         sums.append(document_sums(loaded[name].model, blocks, recipe, track))
     rows = [
         row(name, one, found, domain.name, recipe, first=sums[0] if found is not sums[0] else None)

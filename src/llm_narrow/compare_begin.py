@@ -130,6 +130,16 @@ def _check(recipe: Recipe) -> None:
             "prune.allocation must be uniform to compare: models of fresh weights need a shape "
             f"that a stock config has. It is {recipe.prune.allocation}."
         )
+    if recipe.score.forget:
+        raise BadInput(
+            "score.forget must be empty to compare: fresh weights have nothing to forget. Compare "
+            "without it; `prune --forget` measures what was forgotten."
+        )
+    if recipe.prune.vocabulary != "whole":
+        raise BadInput(
+            "prune.vocabulary must be whole to compare: all models of a comparison read the same "
+            f"tokens. It is {recipe.prune.vocabulary}."
+        )
     if recipe.recover.method != "full":
         raise BadInput(
             f"recover.method must be full to compare, got {recipe.recover.method}: fresh weights "

@@ -43,10 +43,10 @@ def forecast(recipe: Recipe, start: Inputs, plan: Plan, blocks: Blocks) -> tuple
     model = start.loaded.model
     context = recipe.blocks.length // 2  # of a block, a token looks back at half on average
     whole = cost.flops_per_token(model, context=context)
-    gone = plan.parameters_before - plan.parameters_after
+    sizes = cost.size(model).parameters, plan.parameters_after
+    gone = sizes[0] - sizes[1]
     narrow = whole - 2.0 * gone - 4.0 * context * _channels_gone(plan)
     per_second = rate(recipe, start, blocks, whole)
-    sizes = plan.parameters_before, plan.parameters_after
 
     def part(name: str, tokens: int, flops: float, held: int) -> Part:
         return Part(name, tokens, flops, flops / per_second, held)

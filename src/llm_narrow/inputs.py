@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from . import domains, models, processes
 from . import recipe as recipes
@@ -31,6 +32,8 @@ class Inputs:
     domain: Domain
     device: torch.device
     bf16: bool  # whether forward passes run on a bfloat16 copy of the model
+    # Where the vocabulary is trimmed: the old id of every row, and how many rows there were.
+    vocabulary: tuple[Tensor, int] | None = None
 
 
 def begin(

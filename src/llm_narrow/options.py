@@ -62,7 +62,11 @@ OPTIONS: dict[str, Any] = {
     "batch_size": _whole("Blocks fed to the model at once."),
     "criterion": _text("How units are scored."),
     "calibration_tokens": _tokens("Tokens to score and refit on."),
-    "kinds": _text("What may go: neurons, heads."),
+    "forget": _text("Domains, with commas between, whose units go first."),
+    "forget_weight": _number("How much their use counts against a unit."),
+    "kinds": _text("What may go: neurons, heads, experts, vocabulary."),
+    "vocabulary": _text("whole, or domain: the tokens that the domain does not use go first."),
+    "vocabulary_threshold": _whole("How often a token has to come up in the text to stay."),
     "sparsity": _text("Share to remove: 0.5 (the default), or e.g. neurons=0.5,heads=0.2."),
     "target_params": _text("Parameters to keep instead: 60%, 90M or a number."),
     "allocation": _text("uniform (same in every layer) or global."),
@@ -112,8 +116,10 @@ OPTIONS: dict[str, Any] = {
 SOURCE = ("model", "domain")
 TEXT = ("glob", "text_column", "project_column", "max_documents", "length", "batch_size")
 ORIGIN = ("revision", "trust_remote_code")
-SCORING = ("criterion", "calibration_tokens", "kinds")
-SIZE = ("sparsity", "target_params", "allocation", "multiple")
+SCORING = ("criterion", "calibration_tokens", "kinds", "forget", "forget_weight")
+SIZE = (
+    "sparsity", "target_params", "allocation", "multiple", "vocabulary", "vocabulary_threshold"
+)  # fmt: skip
 REFIT = ("refit", "damping")
 LASSO = ("lasso_tokens", "lasso_lr", "penalty", "step", "control", "strength", "weights")
 RECOVERY = ("recover_method", "lora_rank", "lr")

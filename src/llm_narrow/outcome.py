@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from . import benchmark, checkpoint, inputs, measure, processes, report
+from . import benchmark, checkpoint, contrast, inputs, measure, processes, report
 from . import rows as rowfile
 from .blocks import Blocks
 from .cache import written_whole
 from .card import model_card
+from .contrast import Forgotten
 from .errors import BadInput
 from .inputs import Inputs
 from .manifest import Clock
@@ -25,6 +26,7 @@ from .measure import DocumentSums
 from .progress import Track
 from .recipe import Recipe
 from .rows import Row
+from .trimming import Trimmed, write_map
 from .units import Group, Keep
 
 if TYPE_CHECKING:
@@ -72,26 +74,33 @@ class Before:
     row: Row
     prompts: tuple[str, ...]
     written: tuple[str, ...]
+    forgotten: tuple[Forgotten, ...] = ()
 
 
 def measured_before(
-    recipe: Recipe, start: Inputs, facts: dict[str, Any], track: Track, clock: Clock
-) -> Before | None:
+    recipe: Recipe, start: Inputs, facts: dict[str, Any], track: Track, clock: Clock,
+    *, trimmed: bool = False,
+) -> Before | None:  # fmt: skip
     """Measure the model as it is on the held-out part, and have it complete some prompts.
 
-    The first process does; to the others, None is as good.
+    Where its vocabulary was `trimmed` already the model of the recipe is loaded once more. The
+    first process does; to the others, None is as good.
     """
     if not processes.first():
         return None
-    model, tokenizer = start.loaded.model, start.loaded.tokenizer
     with clock.stage("measure before"):
+        if trimmed:
+            loaded = inputs.model_of(recipe, recipe.model.name, track=track)
+            start = replace(start, loaded=loaded)
+        model, tokenizer = start.loaded.model, start.loaded.tokenizer
         held_out = inputs.held_out(start.loaded, start.domain, recipe, track=track)
         facts["domain"]["tokens"]["held_out"] = held_out.tokens.numel()
         sums = benchmark.document_sums(model, held_out, recipe, track)
         row = benchmark.row("before", start.loaded, sums, start.domain.name, recipe)
         prompts = inputs.prompts(start.loaded, held_out, recipe.measure.samples)
         written = [measure.complete(model, tokenizer, prompt) for prompt in prompts]
-    return Before(held_out, sums, row, tuple(prompts), tuple(written))
+        forgotten = contrast.measured(start, recipe, track=track)
+    return Before(held_out, sums, row, tuple(prompts), tuple(written), forgotten)
 
 
 def finished(
@@ -107,6 +116,7 @@ def finished(
     keep: Keep,
     track: Track,
     clock: Clock,
+    trimmed: Trimmed | None = None,
 ) -> tuple[Row, ...]:
     """Save the changed model and prove it, measure it; what is learnt goes into `facts`.
 
@@ -125,6 +135,7 @@ def finished(
             keep=keep,
             files={"recipe.yaml": recipe.to_yaml()},
         )
+        write_map(start, run / "model")
     facts["checkpoint"] = {
         "layout": saved.layout,
         "model_type": saved.model_type,
@@ -137,7 +148,14 @@ def finished(
     )
     rows = [before.row]
     with clock.stage("measure after"):
-        second = benchmark.document_sums(model, before.held_out, recipe, track)
+        held_out = before.held_out
+        if trimmed is not None:
+            held_out = trimmed.translated(held_out, start)
+        second = benchmark.document_sums(model, held_out, recipe, track)
+        if before.forgotten:
+            facts["forget"] = contrast.told(
+                start, recipe, before.forgotten, (before.sums, second), trimmed, track=track
+            )
         domain = start.domain.name
         rows.append(benchmark.row("after", narrow, second, domain, recipe, first=before.sums))
         facts["samples"] = [

@@ -274,6 +274,7 @@ def _facts(manifest: Manifest) -> str:
     lines = [
         _fact("scores", _without(at(manifest, "scores"), "sha256")),
         _fact("kept by the scores of both halves of the calibration text", shared),
+        *([_fact("forgotten", forgotten)] if (forgotten := at(manifest, "forget")) else []),
         _fact("refit", at(manifest, "refit") or _no_refit(manifest)),
         _fact(
             "checkpoint, reloaded in a fresh process",

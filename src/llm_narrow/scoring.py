@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from . import __version__, processes, scores
 from .blocks import Blocks
 from .cache import cache_dir, file_sha256
+from .claims import claimed
 from .errors import BadInput, problems
 from .inputs import Inputs
 from .progress import Track, silent
@@ -99,6 +100,15 @@ def made(inputs: Inputs, recipe: Recipe, blocks: Blocks, *, track: Track = silen
     names = sorted(g.name for g in inputs.groups)
     key = hashlib.sha256(json.dumps([about, names]).encode()).hexdigest()
     path = cache_dir() / "scores" / f"{key[:16]}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Runs side by side wait for the one that makes them; the processes of one make them together.
+    with nullcontext() if processes.count() > 1 else claimed(path.parent, path.stem, wait=True):
+        return _made(inputs, recipe, blocks, about, path, track)
+
+
+def _made(
+    inputs: Inputs, recipe: Recipe, blocks: Blocks, about: dict[str, str], path: Path, track: Track
+) -> Scored:
     cached = None
     with suppress(OSError, SafetensorError, KeyError, ValueError):
         held, found = scores.read(path)
@@ -109,7 +119,6 @@ def made(inputs: Inputs, recipe: Recipe, blocks: Blocks, *, track: Track = silen
     started = time.perf_counter()
     held = _score(inputs, recipe, blocks, track)
     about["seconds"] = f"{time.perf_counter() - started:.1f}"
-    path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(f".{os.getpid()}")
     try:
         scores.write(fresh, held, about)

@@ -5,7 +5,7 @@ description, so that a wrong value is told by the rule that it breaks.
 """
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-Kind = Literal["neurons", "heads"]
+Kind = Literal["neurons", "heads", "experts"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
@@ -104,6 +104,8 @@ class Score(Section):
 
     criterion: Text = Field("attribution", description="the name of a criterion")
     tokens: Count = Field(65536, ge=1, description=TOKENS)
+    forget: Names = Field(None, description="names of domains, folders or files")
+    forget_weight: float = Field(1.0, ge=0, description="a number of at least 0")
 
 
 class Prune(Section):
@@ -117,8 +119,10 @@ class Prune(Section):
         None, description="a number of parameters (90M) or a share of the model's (60%)"
     )
     kinds: Annotated[tuple[Kind, ...] | None, BeforeValidator(listed)] = Field(
-        None, min_length=1, description="one or more of neurons, heads"
+        None, description="one or more of neurons, heads, experts, vocabulary"
     )
+    vocabulary: Literal["whole", "domain"] = "whole"
+    vocabulary_threshold: int = Field(2, ge=1, description="a whole number of at least 1")
     allocation: Literal["uniform", "global"] = "uniform"
     multiple: int = Field(8, ge=1, description="a whole number of at least 1")
     refit: Annotated[Literal["sequential", "oneshot", "none"], BeforeValidator(refit_mode)] = (
@@ -126,8 +130,23 @@ class Prune(Section):
     )
     damping: float = Field(0.01, gt=0, description="a number above 0")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _vocabulary_is_a_kind(cls, data: Any) -> Any:
+        """Take `vocabulary` out of the kinds, where users look for it: it is not made of units."""
+        if not isinstance(data, dict):
+            return data
+        kinds = listed(data.get("kinds"))
+        if isinstance(kinds, tuple) and "vocabulary" in kinds:
+            data = {**data, "vocabulary": "domain"}
+            data["kinds"] = tuple(kind for kind in kinds if kind != "vocabulary")
+        return data
+
     @model_validator(mode="after")
     def _exclusive(self) -> Self:
+        if self.kinds == () and self.vocabulary == "whole":
+            raise ValueError("prune.kinds must be one or more of neurons, heads, experts, "
+                             "vocabulary, got none")  # fmt: skip
         if self.sparsity is not None and self.target_params is not None:
             raise ValueError("give either prune.sparsity or prune.target_params, not both")
         if isinstance(self.sparsity, dict) and self.kinds is not None:
@@ -146,7 +165,7 @@ class Prune(Section):
         """The kinds of unit that may go; neurons alone unless others are asked for."""
         if isinstance(self.sparsity, dict):
             return tuple(self.sparsity)
-        return self.kinds or ("neurons",)
+        return ("neurons",) if self.kinds is None else self.kinds
 
     @property
     def sparsity_by_kind(self) -> dict[Kind, float] | None:

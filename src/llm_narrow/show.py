@@ -49,6 +49,17 @@ def plan(found: "Plan", stability: Mapping[str, float]) -> RenderableType:
     return Group(table, *lines)
 
 
+def vocabulary(facts: Mapping[str, Any]) -> str:
+    """How many tokens stay, and what that saves."""
+    saved = facts["parameters_before"] - facts["parameters"]
+    return (
+        f"Vocabulary: {thousands(facts['used'])} of {thousands(facts['rows_before'])} tokens come "
+        f"up at least {facts['threshold']} times in the text; with what they need "
+        f"{thousands(facts['rows'])} stay, which saves {thousands(saved)} parameters "
+        f"({saved / facts['parameters_before']:.1%})."
+    )
+
+
 def lasso(facts: Mapping[str, Any]) -> RenderableType:
     """What the lasso left, and where the units that go come from."""
     lines = [
@@ -76,7 +87,23 @@ def pruned(result: "Pruned") -> RenderableType:
         for sample in result.manifest["samples"]
         for label in ("before", "after")
     ]
-    return Group(rows(result.rows), *texts, f"Written to {result.folder}; see report.md there.")
+    lost = forgotten(result.manifest.get("forget", {"domains": {}}))
+    where = f"Written to {result.folder}; see report.md there."
+    return Group(rows(result.rows), *lost, *texts, where)
+
+
+def forgotten(facts: Mapping[str, Any]) -> list[str]:
+    """One line for each domain to forget."""
+    found = []
+    for name, told in facts["domains"].items():
+        times = "" if told["selectivity"] is None else (
+            f", {told['selectivity']:.1f} times the rise on the domain itself"
+        )  # fmt: skip
+        found.append(
+            f"{name}: bits per byte {told['bits_per_byte_before']:.3f} → "
+            f"{told['bits_per_byte']:.3f}{times}"
+        )
+    return found
 
 
 def forecast(parts: Sequence[Mapping[str, Any]]) -> RenderableType:

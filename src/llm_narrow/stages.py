@@ -18,20 +18,21 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from . import forecast, inputs, outcome, report, scoring, show, training, work
+from . import contrast, forecast, inputs, outcome, report, scoring, show, training, trimming, work
 from . import recipe as recipes
 from .blocks import Blocks
 from .cost import size
 from .errors import BadInput
 from .inputs import Inputs, begin
 from .manifest import Clock, begun
-from .plan import Plan, by_parameters, by_sparsity, of_zeros, select
+from .plan import Plan, by_parameters, by_sparsity, of_zeros, priced, select
 from .progress import Track
 from .recipe import Recipe
 from .refit import refit_and_remove
 from .rows import Row
 from .scores import memory_estimate, overlap
 from .scoring import Scored
+from .trimming import Trimmed
 from .units import Scores, keep_all, remove
 from .work import Job, Work
 
@@ -80,25 +81,27 @@ def prune(
         nullcontext() if dry_run else outcome.run_folder(place, force=force) as run,
         unfinished(place, job, recipe, console, wanted=not dry_run, force=force) as left,
     ):
-        start, blocks, scored = _scored(recipe, scores, console, track, clock)
-        plan = planned(recipe, start, scored.scores)
-        parameters = size(start.loaded.model).parameters
+        start, cut, blocks, scored = _scored(recipe, scores, console, track, clock)
+        parameters = cut.facts["parameters_before"] if cut else size(start.loaded.model).parameters
+        plan = planned(recipe, start, scored.scores if scored else {}, parameters)
         used = {"calibration": blocks.tokens.numel()}
         facts = begun(line, recipe, start.loaded, parameters, start.domain, used, clock)
         facts |= {
             "plan": [asdict(row) for row in plan.rows],
-            "scores": scored.facts(),
-            "stability": _stability(recipe, plan, scored),
+            "scores": scored and scored.facts(),
+            "stability": _stability(recipe, plan, scored) if scored else {},
+            **({"vocabulary": cut.facts} if cut else {}),
         }
         if run is None:
             facts["forecast"] = [asdict(p) for p in forecast.forecast(recipe, start, plan, blocks)]
             model, tokenizer = start.loaded.model, start.loaded.tokenizer
             return Pruned(model, tokenizer, None, (), plan, facts)
         console.print(show.plan(plan, facts["stability"]))
-        before = outcome.measured_before(recipe, start, facts, track, clock)
+        whole = cut is not None  # which is no more in memory
+        before = outcome.measured_before(recipe, start, facts, track, clock, trimmed=whole)
         original_config = copy.deepcopy(start.loaded.model.config)
         lessons = left and _lessons(recipe, start, left, facts, console, track, clock)
-        if lessons and recipe.prune.method == "lasso":
+        if lessons and scored and recipe.prune.method == "lasso":
             plan = drawn_to_zero(run, recipe, lessons, scored, plan, facts, clock)
         with clock.stage("refit and remove"):
             facts["refit"] = refitted(recipe, start, blocks, plan, facts, left, track)
@@ -107,9 +110,10 @@ def prune(
                 facts["recover"] = training.recover(lessons)
         rows = outcome.finished(
             run, place, recipe, start, before, facts, original_config=original_config,
-            groups=plan.groups, keep=plan.keep, track=track, clock=clock,
+            groups=plan.groups, keep=plan.keep, track=track, clock=clock, trimmed=cut,
         )  # fmt: skip
-        shutil.copyfile(scored.path, run / "scores.safetensors")
+        if scored:
+            shutil.copyfile(scored.path, run / "scores.safetensors")
         if left:
             outcome.take_training(run, left.folder)
         outcome.write_run(run, recipe, facts, rows, console)
@@ -153,7 +157,9 @@ def score(
     place = Path(out)
     if place.exists() and (place.is_dir() or not force):
         raise BadInput(f"{place} exists already. Choose another file, or replace it with --force.")
-    _, _, scored = _scored(recipe, None, console, track, Clock())
+    *_, scored = _scored(recipe, None, console, track, Clock())
+    if scored is None:
+        raise BadInput("No kind of unit is asked for: there is nothing to score. Give --kinds.")
     place.parent.mkdir(parents=True, exist_ok=True)
     fresh = place.with_name(f".{place.name}.partial")
     try:
@@ -181,12 +187,24 @@ def default_folder(recipe: Recipe) -> Path:
 
 def _scored(
     recipe: Recipe, file: Path | str | None, console: Console, track: Track, clock: Clock
-) -> tuple[Inputs, Blocks, Scored]:
+) -> tuple[Inputs, Trimmed | None, Blocks, Scored | None]:
+    """What a run begins from; no scores where nothing but the vocabulary may go."""
     with clock.stage("load"):
         start = inputs.gather(recipe, track=track)
+    cut = None
+    if recipe.prune.vocabulary == "domain":
+        with clock.stage("trim the vocabulary"):
+            start, cut = trimming.trimmed(start, recipe, track=track)
+        console.print(show.vocabulary(cut.facts))
+    with clock.stage("load"):
         blocks = inputs.calibration(start, recipe, track=track)
+    if not start.groups:
+        return start, cut, blocks, None
     if file is not None:
-        return start, blocks, scoring.given(Path(file), start, recipe)
+        scored = scoring.given(Path(file), start, recipe)
+        if recipe.score.forget and "forget" not in scored.made_by:
+            scored = contrast.contrasted(start, recipe, scored, track=track)
+        return start, cut, blocks, scored
     peak = memory_estimate(
         start.loaded.model,
         start.groups,
@@ -201,13 +219,25 @@ def _scored(
     )
     with clock.stage("score"):
         scored = scoring.made(start, recipe, blocks, track=track)
+        if recipe.score.forget:
+            scored = contrast.contrasted(start, recipe, scored, track=track)
     if scored.reused:
         console.print(f"The scores were made before, in {scored.made_by['seconds']} s; used again.")
-    return start, blocks, scored
+    return start, cut, blocks, scored
 
 
-def planned(recipe: Recipe, start: Inputs, scores: Scores) -> Plan:
-    """What the recipe removes by these scores."""
+def planned(
+    recipe: Recipe, start: Inputs, scores: Scores, parameters: int | None = None
+) -> Plan:
+    """What the recipe removes by these scores, of a model that had `parameters` when loaded."""
+    model = start.loaded.model
+    whole = size(model).parameters if parameters is None else parameters
+    entry = next(iter(model.parameters())).element_size()
+    plan = _planned(recipe, start, scores, whole)
+    return replace(plan, parameters_before=whole, bytes_before=whole * entry)
+
+
+def _planned(recipe: Recipe, start: Inputs, scores: Scores, whole: int) -> Plan:
     model, p = start.loaded.model, recipe.prune
     if (by_kind := p.sparsity_by_kind) is not None:
         return by_sparsity(
@@ -219,11 +249,15 @@ def planned(recipe: Recipe, start: Inputs, scores: Scores) -> Plan:
             multiple=p.multiple,
         )
     assert p.target_params is not None
+    target = recipes.target(p.target_params, whole)
+    if not p.chosen_kinds or target >= size(model).parameters < whole:
+        return priced(model, start.all_groups, trimming.check_reached(
+            model, start.all_groups, target))  # fmt: skip
     return by_parameters(
         model,
         start.all_groups,
         scores,
-        target=recipes.target(p.target_params, size(model).parameters),
+        target=target,
         kinds=p.chosen_kinds,
         allocation=p.allocation,
         multiple=p.multiple,
@@ -276,7 +310,7 @@ def drawn_to_zero(
     }
     start = lessons.start
     if recipe.lasso.fill:
-        chosen = planned(recipe, start, scores)
+        chosen = planned(recipe, start, scores, facts["model"]["parameters"])
     else:
         chosen = of_zeros(
             start.loaded.model, start.all_groups, aligned.keep, recipe.prune.allocation,
@@ -307,7 +341,9 @@ def refitted(
         work.fill(model, held[0])
         return held[1]
     facts: dict[str, Any] = {}
-    if told.get("lasso", {}).get("removed_by_score") == 0:
+    if all(bool(keep.all()) for keep in plan.keep.values()):
+        facts = {"mode": "not needed: no unit was removed"}
+    elif told.get("lasso", {}).get("removed_by_score") == 0:
         remove(model, plan.groups, plan.keep)
         facts = {"mode": "not needed: only units of zeros were removed"}
     elif recipe.prune.refit == "none":

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from . import inputs, processes, work
+from . import inputs, processes, trimming, work
 from .blocks import Blocks
 from .claims import claimed
 from .distill import cached_distill_loss, cached_teacher, distill_loss
@@ -232,6 +232,7 @@ def _loss(lessons: Lessons, blocks: Blocks) -> tuple[float | None, Loss]:
         return None, language_loss
     name = t.teacher or recipe.model.name
     teacher = inputs.model_of(recipe, name, track=lessons.track)
+    trimming.fit(teacher.model, start)
     held = lessons.work.part("teacher-loss")
     if held is None:
         lost = _validated(lessons, teacher.model)

@@ -7,9 +7,8 @@ makes of its characters alone. `closure` replays these and keeps every symbol th
 `trimmed` keeps, in their order, all joins of kept symbols. So at every step the trimmed tokenizer
 sees the pairs that there were, less some that were not chosen then, and chooses the same one.
 
-Unigram takes the segmentation of highest score. With some of its rivals gone it stays the highest,
-provided that the penalty of an unknown character does not change. That follows from the lowest
-score of all pieces, so the piece that has it stays.
+Unigram takes the segmentation of highest score, which it stays with some of its rivals gone. The
+penalty of an unknown character follows from the lowest score of all pieces, so that piece stays.
 """
 
 import copy
@@ -96,15 +95,16 @@ def closure(
     return _closed(tokens, keep | _mask(tokens, torch.tensor(sorted(needed))))
 
 
-def filled(tokenizer: Any, keep: Tensor, counted: Tensor, *, multiple: int = 64) -> Tensor:
-    """A closure with further tokens up to a whole multiple, the most frequent first.
+def filled(
+    tokenizer: Any, keep: Tensor, counted: Tensor, *, multiple: int = 64, least: int = 0
+) -> Tensor:
+    """A closure with further tokens up to a whole multiple and to `least`, most frequent first.
 
-    So that no row of the embedding is a dummy. Of equally frequent ones lower ids come first,
-    which BPE learned first. Where too few are left, as many as can be.
+    So no row is a dummy. Of equally frequent ones lower ids, learnt earlier by BPE, come first.
     """
     tokens = _read(tokenizer)
     keep = _mask(tokens, keep)
-    room = -int(keep.sum()) % multiple
+    room = -(-max(int(keep.sum()), least) // multiple) * multiple - int(keep.sum())
     for index in counted.argsort(descending=True, stable=True).tolist():
         if room == 0:
             break

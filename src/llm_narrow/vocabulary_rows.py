@@ -43,6 +43,17 @@ def new_rows(keep: Tensor, *, multiple: int = 64) -> Tensor:
     return F.pad(stay, (0, -len(stay) % multiple), value=-1)
 
 
+def rows_of(model: Any) -> int:
+    """How many tokens the model has rows for."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def parameters_of_a_row(model: Any) -> int:
+    """Parameters that go with one token: of the embedding, and of a head that is not tied to it."""
+    named = dict(model.named_parameters())
+    return sum(named[name].numel() for name in vocabulary_axes(model)) // rows_of(model)
+
+
 def new_ids(old_ids: Tensor, size: int) -> Tensor:
     """Old id -> new id, (size,) int64, -1 where it is gone."""
     real = old_ids >= 0

@@ -1,0 +1,108 @@
+"""Contrastive narrowing: scores less those of others, and what was forgotten, measured."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from commands import refused
+from llm_narrow import scores
+from llm_narrow.contrast import _less
+from llm_narrow.scoring import Scored
+
+TRAIN = ["--recover-tokens", "256", "--validation-tokens", "128", "--distill", "none"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A domain of numbers."""
+    folder = tmp_path_factory.mktemp("domains") / "digits"
+    for number in range(30):
+        chance = random.Random(number)
+        lines = (" ".join(str(chance.randrange(999)) for _ in range(12)) for _ in range(20))
+        file = folder / f"project{number % 10}" / f"{number}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def of(values: list[float], tokens: int) -> Scored:
+    return Scored({"g": torch.tensor(values)}, None, Path("s"), False, {"tokens": str(tokens)})
+
+
+def test_scores_are_less_the_mean_of_others_per_token() -> None:
+    own = of([4.0, 2.0, 1.0], 100)
+    found = _less(own, [of([2.0, 2.0, 0.0], 50), of([0.0, 4.0, 8.0], 200)], 0.5)
+    # Per token of the own text: [4, 4, 0] and [0, 2, 4], of which the mean, halved.
+    assert found["g"].tolist() == [3.0, 0.5, 0.0]
+    assert own.scores["g"].tolist() == [4.0, 2.0, 1.0]
+
+
+def test_units_that_only_the_other_domain_uses_go_first(
+    prune: Any, digits: Path, tmp_path: Path
+) -> None:
+    kept = {}
+    for weight in ("0", "1"):
+        done = prune("--forget", digits, "--forget-weight", weight, "--out", tmp_path / weight)
+        assert done.code == 0, done.err
+        told = json.loads((tmp_path / weight / "manifest.json").read_text())
+        (name,) = told["forget"]["domains"]
+        assert name == str(digits) and told["forget"]["weight"] == float(weight)
+        one = told["forget"]["domains"][name]
+        assert one["bits_per_byte_ratio"]["value"] == pytest.approx(
+            one["bits_per_byte"] / one["bits_per_byte_before"]
+        )
+        if one["selectivity"] is not None:
+            risen = one["bits_per_byte"] - one["bits_per_byte_before"]
+            assert one["selectivity"] == pytest.approx(risen / told["forget"]["risen"])
+        held, about = scores.read(tmp_path / weight / "scores.safetensors")
+        assert json.loads(about["forget"]).keys() == {str(digits)}
+        kept[weight] = held
+        assert "bits per byte" in done.out
+    plain = prune("--out", tmp_path / "plain")
+    assert plain.code == 0
+    own, _ = scores.read(tmp_path / "plain/scores.safetensors")
+    assert all(torch.equal(own[name], kept["0"][name]) for name in own)
+    assert not all(torch.equal(own[name], kept["1"][name]) for name in own)
+    there = prune("--domain", digits, "--out", tmp_path / "there")
+    assert there.code == 0
+    other, _ = scores.read(tmp_path / "there/scores.safetensors")
+    for name in own:
+        assert torch.allclose(kept["1"][name], own[name] - other[name], atol=1e-4)
+
+
+def test_the_lasso_follows_the_contrast_and_a_trimmed_vocabulary_is_measured_too(
+    prune: Any, run: Any, digits: Path, tmp_path: Path
+) -> None:
+    done = prune("--forget", digits, "--method", "lasso", "--lasso-tokens", "256", *TRAIN,
+                 "--kinds", "vocabulary,neurons", "--sparsity", "0.5",
+                 "--vocabulary-threshold", "9")  # fmt: skip
+    assert done.code == 0, done.err
+    told = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert told["lasso"]["removed_zero"] > 0 and told["forget"]["domains"]
+    again = run("recover", tmp_path / "run", "--tokens", "256", "--out", tmp_path / "again",
+                "--no-speed")  # fmt: skip
+    assert again.code == 0, again.err
+    told = json.loads((tmp_path / "again/manifest.json").read_text())
+    assert told["forget"]["domains"][str(digits)]["bits_per_byte"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--criterion", "magnitude"), "needs scores that depend on the text"),
+        (("--forget", "pythn"), "pythn"),
+        (("--forget-weight", "-1"), "at least 0"),
+    ],
+)
+def test_what_cannot_be_forgotten_is_told(
+    prune: Any, digits: Path, flags: tuple[str, ...], said: str
+) -> None:
+    refused(prune("--forget", digits, *flags), said)
+
+
+def test_a_domain_is_not_kept_and_forgotten(prune: Any, domain_folder: Path) -> None:
+    refused(prune("--forget", domain_folder), "is the domain to keep")
