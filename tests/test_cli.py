@@ -20,7 +20,7 @@ CHANGED = {
     "--text-column": "body", "--project-column": "repo", "--max-documents": "7",
     "--length": "64", "--batch-size": "3", "--criterion": "fisher", "--calibration-tokens": "4096",
     "--sparsity": "0.3", "--target-params": "60%", "--kinds": "heads", "--allocation": "global",
-    "--forget": "other", "--forget-weight": "2", "--multiple": "64",
+    "--layout": "padded", "--forget": "other", "--forget-weight": "2", "--multiple": "64",
     "--vocabulary": "domain", "--vocabulary-threshold": "3",
     "--damping": "0.1", "--held-out-tokens": "4096", "--samples": "3",
     "--seed": "1", "--device": "cpu", "--dtype": "bfloat16", "--trust-remote-code": None,

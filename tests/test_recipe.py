@@ -115,7 +115,7 @@ def test_all_problems_of_a_file_at_once(tmp_path: Path) -> None:
         "  prune.sparsity must be at least 0 and below 1, or such a number for each kind "
         "(neurons, heads), got 1.5",
         "  key of prune 'sparcity' is unknown. Did you mean 'sparsity'? Known: allocation, "
-        "damping, kinds, method, multiple, refit, sparsity, target_params, vocabulary, "
+        "damping, kinds, layout, method, multiple, refit, sparsity, target_params, vocabulary, "
         "vocabulary_threshold.",
         "  key 'sed' is unknown. Did you mean 'seed'? Known: blocks, device, domain, dtype, "
         "lasso, measure, model, prune, recover, score, seed, train.",

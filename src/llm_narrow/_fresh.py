@@ -60,7 +60,7 @@ def main(question: Path) -> None:
         if about["tokenizer"]:
             tokenizer = AutoTokenizer.from_pretrained(about["folder"], local_files_only=True)
             answer["encoded"] = torch.tensor(tokenizer(asked["text"])["input_ids"])
-        if about["layout"] == "uniform" and "llm_narrow" in sys.modules:
+        if about["layout"] != "uneven" and "llm_narrow" in sys.modules:
             raise ImportError("llm_narrow was imported: this would not show what stock code does")
         save_file(answer, f"{asked['answer']}{number}.safetensors", {"class": type(model).__name__})
 

@@ -96,7 +96,7 @@ def _parameters(rows: Sequence[Row]) -> str:
 
 
 def _loading(layout: Any) -> str:
-    if layout == "uniform":
+    if layout in ("uniform", "padded"):
         return fenced(STOCK, "python")
     uneven = (
         "Its layers have sizes of their own, which no stock configuration can say, so that "

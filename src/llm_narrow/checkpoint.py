@@ -1,10 +1,11 @@
 """Checkpoints: write a narrowed model, prove it in a fresh process, load it again.
 
-Two layouts. *uniform*: every group of a kind keeps the same number of units and a stock config can
+Layouts. *uniform*: every group of a kind keeps the same number of units and a stock config can
 say so; the folder loads with `AutoModelForCausalLM.from_pretrained` where only transformers is
-installed. *uneven*: anything else; config.json holds the sizes of before and a model type that no
-other library knows, so that opening it elsewhere fails by name, and `load` shrinks the whole
-skeleton to keep.safetensors before it reads the weights.
+installed. *padded*: the same, with zeros up to the widest layer. *uneven*: anything else;
+config.json holds the sizes of before and a model type that no other library knows, so that opening
+it elsewhere fails by name, and `load` shrinks the whole skeleton to keep.safetensors before it
+reads the weights.
 """
 
 import copy
@@ -29,6 +30,9 @@ from . import units
 from .cache import remembered_sha256, written_whole
 from .errors import BadInput, problems
 from .families import find_groups
+from .padding import padded_config, padded_state
+from .stock import public
+from .stock import uniform_config as uniform_config
 from .units import Group, Keep
 from .verify import TOLERANCE, Layout, Written, verify, weight_files
 
@@ -62,17 +66,19 @@ def save(
     force: bool = False,
     dtype: torch.dtype | None = None,
     tokens: Tensor | None = None,
+    pad: bool = False,
 ) -> Verified:
     """Write a model that `units.remove(model, groups, keep)` shrank, and prove the folder.
 
     The folder appears whole and proved, or not at all. `original_config` is the config from before
     the removal, `groups` those it had then; `files` are texts to put beside, by name; `dtype` casts
     the weights; `tokens`, (rows, length) int64, are what the proof is made on, random ones unless
-    given. `tokenizer` may be None. Raises NotVerified, and BadInput from `written_whole`.
+    given. `tokenizer` may be None. `pad` fills uneven layers with zeros, so that stock transformers
+    opens the folder (BadInput where none can). Raises NotVerified, and what `written_whole` does.
     """
     with written_whole(out, force=force) as folder:
         written = write(model, tokenizer, folder, original_config=original_config,
-                        groups=groups, keep=keep, dtype=dtype)  # fmt: skip
+                        groups=groups, keep=keep, dtype=dtype, pad=pad)  # fmt: skip
         for name, text in (files or {}).items():
             if (folder / name).exists():
                 raise ValueError(f"{name} is a file of the checkpoint itself")
@@ -97,6 +103,7 @@ def write(
     groups: Sequence[Group],
     keep: Keep,
     dtype: torch.dtype | None = None,
+    pad: bool = False,
 ) -> Written:
     """Write the files of the checkpoint into `folder`, unproved. Leaves `model` as it is."""
     empty = [g.name for g in groups if not keep[g.name].any()]
@@ -106,16 +113,24 @@ def write(
     whole = _composed(getattr(model, "narrow_keep", {}), keep)
     config = uniform_config(original_config, groups, whole, keep)
     layout: Layout = "uneven" if config is None else "uniform"
+    if config is None and pad:
+        layout, config = "padded", padded_config(original_config, groups, whole, keep)
+        if config is None:
+            raise BadInput(
+                "No stock model has layers as wide as the widest of these: they cannot be padded. "
+                "Leave the layout uneven."
+            )
     twin = _skeleton(original_config if config is None else config, dtype)
     if layout == "uneven":
         units.remove(twin, find_groups(twin), whole)
-    state = {name: _cast(t.detach().cpu(), dtype) for name, t in model.state_dict().items()}
+    held = padded_state(model, twin) if layout == "padded" else model.state_dict()
+    state = {name: _cast(t.detach().cpu(), dtype) for name, t in held.items()}
     twin.load_state_dict(state, strict=True, assign=True)
     twin.tie_weights()
     twin.generation_config = copy.deepcopy(model.generation_config)
     # Names as in memory for our own loader; stock classes expect those of the original format.
     with _no_bars():
-        twin.save_pretrained(folder, save_original_format=layout == "uniform")
+        twin.save_pretrained(folder, save_original_format=layout != "uneven")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if layout == "uneven":
@@ -190,61 +205,6 @@ def _composed(earlier: Keep, keep: Keep) -> Keep:
     return whole
 
 
-def uniform_config(original: Any, groups: Sequence[Group], whole: Keep, keep: Keep) -> Any | None:
-    """The config of a stock class that says what is left; None if there is none."""
-    sizes: dict[str, int] = {}
-    for g in groups:
-        left = int(keep[g.name].sum())
-        if g.config is None:
-            if left < len(whole[g.name]):
-                return None
-            continue
-        for key, per_unit in g.config:
-            if sizes.setdefault(key, per_unit * left) != per_unit * left:
-                return None
-        if queries := dict(g.config).get("num_attention_heads"):
-            # Left unsaid it is hidden_size / num_attention_heads, which is false once heads go.
-            sizes["head_dim"] = g.reads[0].block // queries
-    for kind, fields in _stock_classes(_public(original), sizes):
-        try:
-            config = AutoConfig.for_model(kind, **fields)
-            config.validate()
-        except StrictDataclassError:
-            continue
-        return config
-    return None
-
-
-def _stock_classes(
-    original: dict[str, Any], sizes: dict[str, int]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The model types, with the fields of their configs, that compute what the original does."""
-    fields = {**original, **sizes}
-    kind = fields.pop("model_type")
-    yield kind, fields
-    if kind != "llama":
-        return
-    # Llama refuses a hidden size that the number of heads does not divide; these do not.
-    fields = {key: fields[key] for key in fields if key not in ("architectures", "pretraining_tp")}
-    if not (fields.get("attention_bias") or fields.get("mlp_bias")):
-        plain = {key: fields[key] for key in fields if key not in ("attention_bias", "mlp_bias")}
-        yield "mistral", {**plain, "sliding_window": None}
-    yield "granite", {
-        **fields,
-        "embedding_multiplier": 1.0,
-        "residual_multiplier": 1.0,
-        "logits_scaling": 1.0,
-        "attention_multiplier": fields["head_dim"] ** -0.5,
-    }
-
-
-def _public(config: Any) -> dict[str, Any]:
-    """The fields of a config, but for where on this machine it came from."""
-    fields: dict[str, Any] = config.to_dict()
-    fields.pop("_name_or_path", None)
-    return fields
-
-
 def _skeleton(config: Any, dtype: torch.dtype) -> Any:
     """The stock model of a config: parameters without memory, buffers (rotary …) computed."""
     with init_empty_weights(include_buffers=False):
@@ -280,7 +240,7 @@ def _write_keep(
         "version": str(KEEP_VERSION),
         "layout": layout,
         "groups": json.dumps(about),
-        "original_config": json.dumps(_public(original)),
+        "original_config": json.dumps(public(original)),
     }
     save_file({name: stay.contiguous() for name, stay in whole.items()}, path, metadata)
 

@@ -53,8 +53,8 @@ def _top(
 
 for command in (
     cli_make.prune, cli_make.regularize, cli_make.recover, cli_make.resume, cli_make.score,
-    cli_make.compare, cli_make.export, cli_show.bench, cli_show.report, cli_show.inspect,
-    cli_show.models, cli_show.domains,
+    cli_make.compare, cli_make.convert, cli_make.export, cli_show.bench, cli_show.report,
+    cli_show.inspect, cli_show.models, cli_show.domains,
 ):  # fmt: skip
     app.command()(command)
 

@@ -204,6 +204,25 @@ def compare(
     answer(json, result.facts(), result.shown())
 
 
+def convert(
+    model: Annotated[Path, typer.Argument(help="A run folder, or a model folder.")],
+    layout: Annotated[str, typer.Option(help="padded (stock transformers opens it) or uneven.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    force: Force = False,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model of uneven layers in another layout, and prove that it says the same."""
+    from dataclasses import asdict
+
+    from . import layouts, show
+    from .inputs import track_on
+
+    done = layouts.convert(model, layout, out, force=force, track=track_on(told_on(quiet)))
+    answer(json, {"folder": str(out), **asdict(done)}, show.converted(done, out))
+
+
 def export(
     model: Annotated[Path, typer.Argument(help="A run folder, or a model folder.")],
     out: Annotated[Path, typer.Option(help="The file to write, e.g. narrow.gguf.")],

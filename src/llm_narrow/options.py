@@ -70,6 +70,7 @@ OPTIONS: dict[str, Any] = {
     "sparsity": _text("Share to remove: 0.5 (the default), or e.g. neurons=0.5,heads=0.2."),
     "target_params": _text("Parameters to keep instead: 60%, 90M or a number."),
     "allocation": _text("uniform (same in every layer) or global."),
+    "layout": _text("auto, or padded: uneven layers filled with zeros, for stock transformers."),
     "multiple": _whole("Widths are multiples of it."),
     "refit": _switch("Repair what is left.", "--refit/--no-refit"),
     "damping": _number("How strongly refit stays put."),
@@ -118,7 +119,8 @@ TEXT = ("glob", "text_column", "project_column", "max_documents", "length", "bat
 ORIGIN = ("revision", "trust_remote_code")
 SCORING = ("criterion", "calibration_tokens", "kinds", "forget", "forget_weight")
 SIZE = (
-    "sparsity", "target_params", "allocation", "multiple", "vocabulary", "vocabulary_threshold"
+    "sparsity", "target_params", "allocation", "layout", "multiple", "vocabulary",
+    "vocabulary_threshold",
 )  # fmt: skip
 REFIT = ("refit", "damping")
 LASSO = ("lasso_tokens", "lasso_lr", "penalty", "step", "control", "strength", "weights")

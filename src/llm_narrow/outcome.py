@@ -134,6 +134,7 @@ def finished(
             groups=groups,
             keep=keep,
             files={"recipe.yaml": recipe.to_yaml()},
+            pad=recipe.prune.layout == "padded",
         )
         write_map(start, run / "model")
     facts["checkpoint"] = {

@@ -118,6 +118,7 @@ FLAGS: dict[str, str] = {
     "vocabulary": "prune.vocabulary",
     "vocabulary_threshold": "prune.vocabulary_threshold",
     "allocation": "prune.allocation",
+    "layout": "prune.layout",
     "multiple": "prune.multiple",
     "refit": "prune.refit",
     "damping": "prune.damping",

@@ -124,6 +124,7 @@ class Prune(Section):
     vocabulary: Literal["whole", "domain"] = "whole"
     vocabulary_threshold: int = Field(2, ge=1, description="a whole number of at least 1")
     allocation: Literal["uniform", "global"] = "uniform"
+    layout: Literal["auto", "padded"] = "auto"
     multiple: int = Field(8, ge=1, description="a whole number of at least 1")
     refit: Annotated[Literal["sequential", "oneshot", "none"], BeforeValidator(refit_mode)] = (
         "sequential"

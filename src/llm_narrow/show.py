@@ -15,8 +15,11 @@ from . import report
 from .report import duration, percent, size, thousands
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .anatomy import Inspected
     from .benchmark import Bench
+    from .checkpoint import Verified
     from .domains import DomainRow
     from .models import ModelRow
     from .page import Written
@@ -121,6 +124,14 @@ def forecast(parts: Sequence[Mapping[str, Any]]) -> RenderableType:
 def reported(result: "Written") -> RenderableType:
     """Where the report is, and what was wrong with the runs."""
     return Group(*result.warnings, f"{result.html} ({size(result.bytes)} with its figures)")
+
+
+def converted(done: "Verified", out: "Path") -> str:
+    """Where it is, and how it was proved."""
+    return (
+        f"Written to {out}: {done.layout}, opened by {done.model_type}, "
+        f"{size(sum(done.files.values()))}; logits differ by {done.difference:.1e} of the largest."
+    )
 
 
 def scored(result: "Scored") -> RenderableType:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import BadInput, NarrowError
 
-Layout = Literal["uniform", "uneven"]
+Layout = Literal["uniform", "padded", "uneven"]
 # Largest allowed |difference of logits| / largest |logit|. The same kernels run on both sides, so
 # mostly it is 0; another number of threads or another device costs a few roundings.
 TOLERANCE = {
