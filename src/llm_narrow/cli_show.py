@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from . import matrix_options as comparing
 from . import task_options as solving
 from .options import (
     MACHINE,
@@ -37,18 +38,39 @@ def bench(
     limit: solving.Limit = None,
     max_new_tokens: solving.Longest = None,
     allow_unsandboxed: solving.Unsandboxed = False,
+    matrix: comparing.Matrix = None,
+    on: comparing.On = None,
+    lm_eval: comparing.LmEval = None,
+    include_path: comparing.Include = None,
     out: solving.Out = None,
     json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure models side by side: on the same held-out text, or by the programs they write."""
+    """Measure models side by side: on held-out text, by programs, on and off their domain."""
     asked: dict[str, Any] = {
         "prompt": prompt, "samples_per_task": samples_per_task, "temperature": temperature,
         "k": k, "limit": limit, "max_new_tokens": max_new_tokens,
         "allow_unsandboxed": allow_unsandboxed, "out": out,
     }  # fmt: skip
-    solving.check(tasks, given, recipe, asked)
+    others: dict[str, Any] = {"on": on, "include_path": include_path}
+    mode = comparing.mode(others, tasks=tasks, matrix=matrix, lm_eval=lm_eval)
+    if mode in ("matrix", "lm_eval"):
+        comparing.check(mode, given, {**asked, **others, "recipe": recipe})
+        common = _told({"limit": limit, "out": out}) | {"console": told_on(quiet)}
+        own = {"model": models[0], **_told(given)}
+        if matrix is not None:
+            from . import matrix as compared
+
+            settings = settled(recipe, own if recipe else {"domain": "python", **own})
+            found = compared.bench(settings, models, sets=matrix, on=on, **common)
+            return answer(json, found.facts(), found.shown())
+        from . import harness
+
+        common |= {"include_path": include_path, **_told(given)}
+        ran = harness.bench(None, models, tasks=str(lm_eval), **common)
+        return answer(json, ran.facts(), ran.shown())
+    solving.check(tasks, {**given, **others}, recipe, asked)
     if tasks is not None:
         from . import bench_tasks
 
@@ -62,6 +84,11 @@ def bench(
 
     result = benchmark.bench(asked_for, models, console=told_on(quiet))
     answer(json, result.facts(), show.bench(result))
+
+
+def _told(given: Given) -> dict[str, Any]:
+    """Only those whose flags were given."""
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def report(

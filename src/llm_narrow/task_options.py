@@ -19,19 +19,22 @@ Samples = Annotated[
 ]
 Temperature = Annotated[float | None, typer.Option(help="Of these samples; 0.8 unless given.")]
 K = Annotated[str | None, typer.Option(help="The k of pass@k, e.g. 1,5,10.", metavar="NUMBERS")]
-Limit = Annotated[int | None, typer.Option(help="With --tasks: only the first so many problems.")]
+Limit = Annotated[
+    int | None, typer.Option(help="Only the first so many of each set (--matrix: 200).")
+]
 Longest = Annotated[
     int | None, typer.Option(help="With --tasks: the most tokens of an answer; 512 unless given.")
 ]
 Unsandboxed = Annotated[
     bool, typer.Option("--allow-unsandboxed", help="Run programs without all protections.")
 ]
-Out = Annotated[
-    Path | None, typer.Option(help="With --tasks: a folder for the answers; else the cache.")
-]
+Out = Annotated[Path | None, typer.Option(help="A folder for answers and scores; else the cache.")]
 
-# What held-out text is read and measured by.
-OF_TEXT = ("domain", *(name for name in TEXT if name != "batch_size"), *MEASUREMENT)
+# What `--tasks` has no use for: what held-out text is read and measured by, and other benchmarks.
+OF_TEXT = (
+    "domain", *(name for name in TEXT if name != "batch_size"), *MEASUREMENT,
+    "matrix", "on", "lm_eval", "include_path",
+)  # fmt: skip
 
 
 def check(tasks: str | None, given: Given, recipe: Path | None, own: Mapping[str, object]) -> None:
@@ -40,7 +43,7 @@ def check(tasks: str | None, given: Given, recipe: Path | None, own: Mapping[str
         idle = [flag(name) for name, v in own.items() if v is not None and v is not False]
         rule, way = "is about problems to solve", "Give --tasks too, e.g. --tasks humaneval,mbpp"
     else:
-        idle = [flag(name) for name in OF_TEXT if given[name] is not None]
+        idle = [flag(name) for name in OF_TEXT if given.get(name) is not None]
         idle += ["--recipe"] if recipe is not None else []
         rule, way = "is about held-out text, and --tasks about problems", "Run `bench` for each"
     if idle:

@@ -51,7 +51,8 @@ def rows_of(model: Any) -> int:
 def parameters_of_a_row(model: Any) -> int:
     """Parameters that go with one token: of the embedding, and of a head that is not tied to it."""
     named = dict(model.named_parameters())
-    return sum(named[name].numel() for name in vocabulary_axes(model)) // rows_of(model)
+    entries: int = sum(named[name].numel() for name in vocabulary_axes(model))
+    return entries // rows_of(model)
 
 
 def new_ids(old_ids: Tensor, size: int) -> Tensor:
