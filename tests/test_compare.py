@@ -247,7 +247,7 @@ def test_blocks_come_again_where_the_text_ends(whole: Seen, domain_folder: Path)
     assert torch.stack(taken).equal(long.tokens)
 
 
-@pytest.mark.parametrize("kind", sorted(CONFIGS))
+@pytest.mark.parametrize("kind", sorted(CONFIGS.keys() - {"bloom", "mpt"}))  # of fixed width
 def test_every_family_has_fresh_models_of_its_narrowed_shape(kind: str) -> None:
     model = tiny(kind)
     groups = tuple(find_groups(model))

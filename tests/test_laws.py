@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tiny as tiny_models
-from llm_narrow import families, units
+from llm_narrow import families, scores, units
 from llm_narrow.families import FAMILIES, UndeclaredArchitecture, find_groups
 from llm_narrow.units import Group, Slice
-from tiny import CONFIGS, batch, outputs, tiny, uneven
+from tiny import CONFIGS, FORMS, batch, outputs, tiny, uneven
 
 LANGUAGE = [kind for kind in FAMILIES if kind != "mlp"]
 # (heads, key/value heads): those of SmolLM2-135M, Llama-3.2-1B and 3B, Qwen2.5-7B; one query head
@@ -33,6 +33,7 @@ VARIANTS = [
     ("gpt2", {"tie_word_embeddings": False, "n_inner": None}),
     ("opt", {"tie_word_embeddings": False}),
     ("qwen2", {"tie_word_embeddings": True}),
+    *FORMS.values(),
 ]  # fmt: skip
 NAMES = [f"{kind}{'-' if changes else ''}{'-'.join(map(str, changes.values()))}"
          for kind, changes in VARIANTS]  # fmt: skip
@@ -64,9 +65,26 @@ def second_law(model: nn.Module, kind: str, groups: list[Group]) -> None:
     """Removing equals masking, with another number of units left in every group."""
     keep = uneven(groups)
     masked, small = copy.deepcopy(model), copy.deepcopy(model)
-    units.mask(masked, groups, keep)
+    units.mask(masked, [g for g in groups if g.kind not in units.ROUTED], keep)
+    for g in groups:
+        if g.kind in units.ROUTED:
+            restrict(masked, g, keep[g.name])
     units.remove(small, groups, keep)
     torch.testing.assert_close(outputs(small, kind), outputs(masked, kind), atol=1e-5, rtol=1e-4)
+
+
+def restrict(model: nn.Module, group: Group, keep: Tensor) -> None:
+    """Leave all experts where they are, but have the router choose among those that stay."""
+    router = model.get_submodule(group.name)
+    chooses = copy.deepcopy(router)
+    chooses.weight = nn.Parameter(chooses.weight[keep])
+    ids = keep.nonzero().flatten()
+
+    def forward(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, weights, places = chooses(hidden)
+        return logits, weights, ids[places]
+
+    router.forward = forward
 
 
 def size(model: nn.Module) -> int:
@@ -165,28 +183,22 @@ def test_removing_units_of_zeros_changes_nothing(kind, dtype, tolerance):
     keep = uneven(groups)
     units.mask(model, groups, keep)
     added: list[Tensor] = []
-    for g in groups:
-        gone = units.positions(g.reads[0], (~keep[g.name]).nonzero().flatten())
-        model.get_submodule(g.reads[0].module).register_forward_pre_hook(read_by(gone, added))
-    whole = outputs(model, kind)
+    params = dict(model.named_parameters())
+
+    def see(g: Group, s: Slice, x: Tensor) -> None:
+        """Note what the reader gets from units that are gone."""
+        gone = units.positions(s, (~keep[g.name]).nonzero().flatten())
+        read = params[s.param].movedim(s.dim, 0)[gone]
+        added.append(x[..., gone] @ read.reshape(len(gone), -1))
+
+    with scores.watched(model, groups, see):
+        whole = outputs(model, kind)
     assert len(added) == len(groups)
     assert all(bool((part == 0).all()) for part in added)
     small = copy.deepcopy(model)
-    for layer in small.modules():
-        layer._forward_pre_hooks.clear()
     units.remove(small, groups, keep)
     difference = (outputs(small, kind) - whole).abs().max() / whole.abs().max()
     assert difference <= tolerance
-
-
-def read_by(gone: Tensor, added: list[Tensor]):
-    """A hook that notes what a linear layer gets from the inputs at the positions `gone`."""
-
-    def note(layer: nn.Module, inputs: tuple[Tensor]) -> None:
-        weight = layer.weight.T if type(layer).__name__ != "Conv1D" else layer.weight
-        added.append(inputs[0][..., gone] @ weight[gone])
-
-    return note
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
@@ -194,7 +206,7 @@ def read_by(gone: Tensor, added: list[Tensor]):
 def test_training_the_masked_and_the_removed_model_is_the_same(kind, name):
     """Units of zeros stay zeros by themselves, but for the sigmoid of the MLP: masked every step.
 
-    In float64, as Adam divides by the size of gradients that may be nothing but rounding.
+    In float64 (but for norms), as Adam divides by the size of gradients that may be only rounding.
     """
     model = tiny(kind).double()
     groups = find_groups(model)
@@ -216,7 +228,7 @@ def test_training_the_masked_and_the_removed_model_is_the_same(kind, name):
     assert all(moved)
     units.remove(model, groups, keep)
     for (path, p), q in zip(model.named_parameters(), small.parameters(), strict=True):
-        torch.testing.assert_close(p, q, atol=1e-8, rtol=1e-8, msg=path)
+        torch.testing.assert_close(p, q, atol=1e-7, rtol=1e-7, msg=path)
 
 
 def loss_of(model: nn.Module, kind: str, step: int) -> Tensor:
@@ -229,9 +241,9 @@ def loss_of(model: nn.Module, kind: str, step: int) -> Tensor:
 def test_an_undeclared_architecture_is_refused():
     model = tiny("llama")
     model.config = copy.copy(model.config)
-    type(model.config).model_type, before = "olmo2", type(model.config).model_type
+    type(model.config).model_type, before = "rwkv", type(model.config).model_type
     try:
-        with pytest.raises(UndeclaredArchitecture, match=r"'olmo2'.*Declared: gemma3_text.*docs/"):
+        with pytest.raises(UndeclaredArchitecture, match=r"'rwkv'.*Declared: bloom, cohere.*docs/"):
             find_groups(model)
     finally:
         type(model.config).model_type = before
@@ -263,13 +275,13 @@ def no_read(g: Group) -> Group:
 
 def no_last_write(g: Group) -> Group:
     """Without value, or the upper half of a gated layer, or its only matrix."""
-    last = [s for s in g.writes if s.param.endswith("weight")][-1]
+    last = [s for s in g.writes if not s.param.endswith("bias")][-1]
     return replace(g, writes=tuple(s for s in g.writes if s != last))
 
 
 def read_transposed(g: Group) -> Group:
     """Rows taken for columns: a Linear for a Conv1D."""
-    return replace(g, reads=tuple(replace(s, dim=1 - s.dim) for s in g.reads))
+    return replace(g, reads=tuple(replace(s, dim=(1, 0, 1)[s.dim]) for s in g.reads))
 
 
 def read_half_block(g: Group) -> Group:

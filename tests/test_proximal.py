@@ -27,6 +27,7 @@ from llm_narrow.penalties import (
     zero_groups,
     zero_share,
 )
+from llm_narrow.scores import watched
 from tiny import batch, outputs, parts, tiny, two_units, uneven
 
 every_family = pytest.mark.parametrize("kind", FAMILIES)
@@ -146,18 +147,14 @@ def test_units_that_the_step_made_zero_can_be_removed(kind):
     assert all(torch.equal(keep[name], chosen[name]) for name in keep)
     contributions = []
 
-    def note(layer, args, g):
-        gone = units.positions(g.reads[0], (~keep[g.name]).nonzero().flatten())
-        weight = layer.weight if type(layer).__name__ == "Conv1D" else layer.weight.T
-        contributions.append(args[0][..., gone] @ weight[gone])
+    def note(g, s, x):
+        gone = units.positions(s, (~keep[g.name]).nonzero().flatten())
+        read = params[s.param].movedim(s.dim, 0)[gone]
+        contributions.append(x[..., gone] @ read.reshape(len(gone), -1))
 
-    for g in groups:
-        layer = model.get_submodule(g.reads[0].module)
-        layer.register_forward_pre_hook(lambda layer, args, g=g: note(layer, args, g))
-    whole = outputs(model, kind)
+    with watched(model, groups, note):
+        whole = outputs(model, kind)
     assert len(contributions) == len(groups) and not any(c.any() for c in contributions)
-    for layer in model.modules():
-        layer._forward_pre_hooks.clear()
     units.remove(model, groups, keep)
     assert (outputs(model, kind) - whole).abs().max() / whole.abs().max() <= 1e-6
 

@@ -13,8 +13,9 @@ import llm_narrow
 from commands import Finished, left_behind, refused
 from folders import write_domain, write_model
 from llm_narrow import stages
+from llm_narrow.families import find_groups
 from llm_narrow.recipe import FLAGS, Section
-from tiny import CONFIGS
+from tiny import CONFIGS, tiny
 
 # A few steps of either training.
 LEARNT = {"lasso_tokens": 256, "recover_tokens": 256, "validation_tokens": 64}
@@ -85,7 +86,9 @@ def test_a_run_repeats_from_its_own_recipe(
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
 def test_every_family_goes_the_whole_way(prune: Any, tmp_path: Path, kind: str) -> None:
     folder = write_model(tmp_path / kind, kind)
-    done = prune("--model", folder, "--sparsity", "neurons=0.5,heads=0.5", "--json", "--speed")
+    kinds = {g.kind for g in find_groups(tiny(kind))} & {"neurons", "heads"}
+    sparsity = ",".join(f"{name}=0.5" for name in sorted(kinds))
+    done = prune("--model", folder, "--sparsity", sparsity, "--json", "--speed")
     assert done.code == 0, done.err
     before, after = json.loads(done.out)["rows"]
     assert after["parameters"] < before["parameters"]

@@ -90,7 +90,12 @@ KINDS = {
                "llama"),
     "llama3 rope": ("llama", {"rope_parameters": LLAMA3}, "llama"),
     "mistral": ("mistral", {"sliding_window": None}, "llama"),
-    "granite": ("granite", {"num_key_value_heads": 2, "attention_multiplier": 8**-0.5}, "llama"),
+    "granite": (
+        "granite",
+        {"num_key_value_heads": 2, "attention_multiplier": 8**-0.5, "embedding_multiplier": 1.0,
+         "residual_multiplier": 1.0, "logits_scaling": 1.0},
+        "llama",
+    ),
     "qwen2": ("qwen2", {}, "qwen2"),
     "qwen3": ("qwen3", {}, "qwen3"),
     "parallel": ("gpt_neox", {}, "gptneox"),

@@ -8,9 +8,9 @@ from rich.console import Console
 
 from . import models
 from .cost import size
-from .families import find_groups
+from .families import find_groups, refused_kinds
 from .inputs import track_on
-from .units import Group, Kind, Params
+from .units import Group, Kind, Params, count, keep_all
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Inspected:
     parameters_without_embeddings: int
     removable: tuple[Removable, ...]
     groups: tuple[Mapping[str, Any], ...]
+    fixed: int  # parameters that belong to no unit
+    refused: Mapping[Kind, str]  # kinds that the architecture has and that cannot go, with why
 
     def facts(self) -> dict[str, Any]:
         """What `--json` prints."""
@@ -91,6 +93,9 @@ def inspect(
             }
             for g in groups
         ),
+        # Neurons of experts are in two groups, so not the sum of what each has.
+        fixed=count(params, groups, {name: ~stay for name, stay in keep_all(groups).items()}),
+        refused=refused_kinds(loaded.model),
     )
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from . import inputs, measure, trimming
 from .blocks import Blocks
-from .cost import speed
+from .cost import positions, speed
 from .errors import BadInput
 from .inputs import begin
 from .models import Loaded
@@ -121,5 +121,5 @@ def timed(
 
 def _prompt_tokens(several: Sequence[Any]) -> int:
     """The length of a timed prompt: that which all the models have positions for."""
-    most = [getattr(model.config, "max_position_embeddings", None) for model in several]
-    return min([PROMPT, *(max(1, int(n) - DECODED) for n in most if n is not None)])
+    most = [positions(model) for model in several]
+    return min([PROMPT, *(max(1, n - DECODED) for n in most if n is not None)])

@@ -60,9 +60,9 @@ def weight_bytes(folder: Path) -> int:
 def flops_per_token(model: Any, *, context: int = 256) -> float:
     """Floating-point operations of one token that looks back at `context` tokens.
 
-    Two per entry of every matrix it is multiplied with, the output head among them, and four per
-    context token and channel of the query heads (query times key, weight times value). Sliding
-    windows are counted as if they were longer than the context.
+    Two per entry of every matrix it is multiplied with, the output head among them, of experts
+    those that a token is given to; and two per context token and channel of the queries and of the
+    values. Sliding windows are counted as if they were longer than the context.
     """
     return _body_flops(model, context) + _head_flops(model)
 
@@ -73,13 +73,28 @@ def prefill_flops(model: Any, prompt_tokens: int) -> float:
 
 
 def _body_flops(model: Any, context: float) -> float:
+    """Of matrices, and of those of experts (expert, …) the share that a token is given to."""
     skip = {id(m) for m in _embeddings(model)}
-    matrices: int = sum(
-        m.weight.numel()
-        for m in model.modules()
-        if type(m).__name__ in ("Linear", "Conv1D") and id(m) not in skip
-    )
-    return 2.0 * matrices + 4.0 * context * _attention_width(model)
+    given = experts_per_token(model)
+    multiplied = 0.0
+    for m in model.modules():
+        for p in m.parameters(recurse=False) if id(m) not in skip and is_matrix(m) else ():
+            if p.dim() == 2:
+                multiplied += p.numel()
+            elif p.dim() == 3:
+                multiplied += p.numel() * min(given, p.shape[0]) / p.shape[0]
+    return 2.0 * multiplied + 2.0 * context * _attention_width(model)
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether what a token is, is multiplied with the module's weights: linear layers, experts."""
+    name = type(module).__name__
+    return isinstance(module, nn.Linear) or name.endswith(("Conv1D", "Router", "Experts"))
+
+
+def experts_per_token(model: Any) -> int:
+    """How many experts a token is given to; 1 where there are none."""
+    return getattr(getattr(model, "config", None), "num_experts_per_tok", None) or 1
 
 
 def _head_flops(model: Any) -> float:
@@ -87,17 +102,40 @@ def _head_flops(model: Any) -> float:
     return 0.0 if head is None else 2.0 * head.weight.numel()
 
 
-def _attention_width(model: Any) -> int:
-    """Channels of all query heads of all layers, as they are now, whatever config.json says."""
+def _attention_width(model: Any) -> float:
+    """Channels of all queries and of all that is summed, of all layers, as they are now.
+
+    Whatever config.json says, but where heads cannot be removed.
+    """
     if not hasattr(model, "config"):
         return 0
     c = model.config
-    if c.model_type not in FAMILIES:
-        heads = getattr(c, "num_attention_heads", 0)
-        width = getattr(c, "head_dim", None) or c.hidden_size // max(heads, 1)
-        return int(heads * width * c.num_hidden_layers)
-    reads = {s.param: s.dim for g in find_groups(model) if g.kind == "heads" for s in g.reads}
-    return sum(model.get_parameter(param).shape[dim] for param, dim in reads.items())
+    groups = find_groups(model) if c.model_type in FAMILIES else []
+    reads = {s.param: s.dim for g in groups if g.kind == "heads" for s in g.reads}
+    summed: int = sum(model.get_parameter(param).shape[dim] for param, dim in reads.items())
+    layers: int = c.num_hidden_layers
+    return channels_times(c) * summed if reads else 2.0 * layers * fixed_width(c)
+
+
+def channels_times(config: Any) -> float:
+    """Channels of queries and values together, for each channel of values: 2, but in DeepSeek."""
+    value = getattr(config, "v_head_dim", None)
+    if not value or not hasattr(config, "qk_nope_head_dim"):
+        return 2.0
+    return 1.0 + float(config.qk_nope_head_dim + config.qk_rope_head_dim) / float(value)
+
+
+def fixed_width(config: Any) -> int:
+    """Channels of the query heads of one layer, as the config has them."""
+    heads = getattr(config, "num_attention_heads", 0)
+    return int(heads * (getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)))
+
+
+def positions(model: Any) -> int | None:
+    """How many positions the model has; None where any number will do."""
+    names = ("max_position_embeddings", "max_seq_len")  # the second is MPT's
+    found = [n for name in names if (n := getattr(model.config, name, None)) is not None]
+    return int(min(found)) if found else None
 
 
 def _embeddings(model: Any) -> list[nn.Module]:
@@ -124,7 +162,7 @@ def speed(
     positions.
     """
     for name, model in models.items():
-        most = getattr(model.config, "max_position_embeddings", None)
+        most = positions(model)
         if most is not None and prompt_tokens + new_tokens > most:
             raise BadInput(
                 f"{name} has {most} positions, fewer than prompt_tokens + new_tokens = "

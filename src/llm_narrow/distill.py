@@ -5,7 +5,6 @@ where both distributions are softened by the temperature T (Hinton et al. 2015, 
 T^2 keeps the size of the gradient). Like `language_loss` it never holds the logits of a batch.
 """
 
-import copy
 import hashlib
 import json
 import math
@@ -27,6 +26,7 @@ from .blocks import Blocks
 from .cache import no_space
 from .errors import BadInput, problems
 from .losses import CHUNK, Loss, chunked_loss, hidden_states, output_head
+from .precision import copied
 from .progress import Track, silent
 
 SHARD = 16  # blocks per file of a cache
@@ -277,7 +277,7 @@ def _key(block: Tensor) -> bytes:
 def _frozen(teacher: Any, bf16: bool) -> Any:
     """The teacher as it is asked: in eval mode, and in bfloat16 a copy."""
     if bf16:
-        teacher = copy.deepcopy(teacher).to(torch.bfloat16)
+        teacher = copied(teacher, torch.bfloat16)
     return teacher.eval()
 
 

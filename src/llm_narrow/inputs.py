@@ -12,9 +12,10 @@ from torch import Tensor
 from . import domains, models, processes
 from . import recipe as recipes
 from .blocks import Blocks, pack
+from .cost import positions
 from .domains import Domain
 from .errors import BadInput
-from .families import find_groups
+from .families import find_groups, refused_kinds
 from .models import Loaded
 from .progress import Track, shown, silent
 from .recipe import Recipe
@@ -66,7 +67,7 @@ def gather(recipe: Recipe, *, track: Track = silent) -> Inputs:
     domains.check(recipe.domain.name, **_asked(recipe))  # before the model, which may take long
     loaded = model_of(recipe, recipe.model.name, track=track)
     every = tuple(find_groups(loaded.model))
-    groups = groups_of(every, recipe.prune.chosen_kinds)
+    groups = groups_of(every, recipe.prune.chosen_kinds, refused_kinds(loaded.model))
     domain = domain_of(recipe, track=track)
     return Inputs(loaded, every, groups, domain, device, bf16(recipe))
 
@@ -132,12 +133,18 @@ def _asked(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def groups_of(groups: Sequence[Group], kinds: Sequence[Kind]) -> tuple[Group, ...]:
-    """Those of a model's groups that are of the given kinds. Raises BadInput if a kind has none."""
+def groups_of(
+    groups: Sequence[Group], kinds: Sequence[Kind], refused: Mapping[Kind, str] | None = None
+) -> tuple[Group, ...]:
+    """Those of a model's groups that are of the given kinds.
+
+    Raises BadInput if a kind has none, with the reason where `refused` has it.
+    """
     for kind in kinds:
         if not any(g.kind == kind for g in groups):
             there = ", ".join(sorted({g.kind for g in groups}))
-            raise BadInput(f"The model has no {kind} that could be removed. It has: {there}.")
+            why = f": {(refused or {})[kind]}" if kind in (refused or {}) else ""
+            raise BadInput(f"The model has no {kind} that could be removed{why}. It has: {there}.")
     return tuple(g for g in groups if g.kind in kinds)
 
 
@@ -158,7 +165,7 @@ def blocks_of(
 ) -> Blocks:
     """All blocks of a part. Raises BadInput if they are longer than the model can read."""
     length = recipe.blocks.length
-    most = getattr(loaded.model.config, "max_position_embeddings", None)
+    most = positions(loaded.model)
     if most is not None and length > most:
         raise BadInput(
             f"blocks.length must be at most {most}, the positions of {loaded.name}, got {length}. "

@@ -4,14 +4,20 @@ from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .errors import BadInput, problems
 from .families import find_groups
 
 
 def layers(model: Any) -> list[str]:
-    """The names of the linear layers that units live in, of any declared architecture."""
-    return sorted({s.module for g in find_groups(model) for s in g.slices})
+    """The names of the linear layers that units live in, of any declared architecture.
+
+    Not those of fused experts and their routers, which are no linear layers.
+    """
+    found = {s.module for g in find_groups(model) for s in g.slices}
+    return sorted(n for n in found if isinstance(model.get_submodule(n), nn.Linear | Conv1D))
 
 
 def with_lora(model: Any, *, rank: int, alpha: int | None = None) -> Any:
@@ -36,10 +42,13 @@ def with_lora(model: Any, *, rank: int, alpha: int | None = None) -> Any:
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
-        target_modules=targets,
+        target_modules=[f"model.{name}" for name in targets],
         fan_in_fan_out=transposed == {True},
     )
-    return inject_adapter_in_model(config, model)
+    # Inside of something without a config: for models with experts peft takes gate_proj and up_proj
+    # for parts of these wherever they are, and leaves them out.
+    inject_adapter_in_model(config, nn.ModuleDict({"model": model}))
+    return model
 
 
 def merged(model: Any) -> Any:

@@ -4,7 +4,6 @@ Everything counted on text is summed per document first, since documents, not to
 bootstrap may resample: tokens of one file are far from independent.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 
 from .cost import Size as Size
 from .cost import Speed as Speed
-from .cost import evaluating, greedy
+from .cost import evaluating, greedy, positions
 from .cost import flops_per_token as flops_per_token
 from .cost import prefill_flops as prefill_flops
 from .cost import size as size
@@ -25,6 +24,7 @@ from .cost import speed as speed
 from .cost import weight_bytes as weight_bytes
 from .errors import BadInput
 from .losses import CHUNK, output_head
+from .precision import copied
 from .progress import Track, silent
 from .rows import Estimate as Estimate
 from .rows import Row
@@ -82,7 +82,7 @@ def token_results(
     the log-softmax is always float32.
     """
     if bf16:
-        model = copy.deepcopy(model).to(torch.bfloat16)
+        model = copied(model, torch.bfloat16)
     device = next(model.parameters()).device
     batches = blocks.batches(batch_size)
     nats, hits = [], []
@@ -274,7 +274,7 @@ def complete(model: Any, tokenizer: Any, prompt: str, *, new_tokens: int = 64) -
     ids = list(tokenizer(prompt)["input_ids"])
     if not ids:
         raise BadInput(f"The prompt {prompt!r} has no tokens: give it at least one character.")
-    most = getattr(model.config, "max_position_embeddings", None)
+    most = positions(model)
     if most is not None:
         if len(ids) >= most:
             raise BadInput(

@@ -152,7 +152,8 @@ def select(
     allocation: Allocation = "uniform",
     multiple: int = 1,
 ) -> Keep:
-    """Keep the best-scored units, exact in number; at least one multiple stays in every group.
+    """Keep the best-scored units, exact in number; at least one multiple stays in every group, and
+    its `least`.
 
     `uniform` takes the same share of every group, `global` compares the scores of all groups of
     a kind. Widths of neurons are rounded to `multiple`; heads are counted one by one. Groups of a
@@ -176,7 +177,12 @@ def select(
 
 
 def _uniform(row: Sequence[Group], scores: Scores, share: float, step: int) -> list[int]:
-    return [_rounded((1 - share) * g.size, step, g.size) for g in row]
+    return [max(_rounded((1 - share) * g.size, step, g.size), _floor(g, step)) for g in row]
+
+
+def _floor(group: Group, step: int) -> int:
+    """The fewest units that may stay in a group."""
+    return min(group.size, max(step, group.least))
 
 
 def _rounded(width: float, step: int, size: int) -> int:
@@ -192,7 +198,7 @@ def _global(row: Sequence[Group], scores: Scores, share: float, step: int) -> li
     chosen = torch.zeros(total, dtype=torch.bool).index_fill_(0, ranked[:left], True)
     exact = [int(part.sum()) for part in chosen.split([g.size for g in row])]
     widths = [
-        min(g.size, max(min(step, g.size), n // step * step))
+        min(g.size, max(_floor(g, step), n // step * step))
         for g, n in zip(row, exact, strict=True)
     ]
     # What rounding down took goes to the groups it took most from; floors are paid by the widest.
@@ -202,7 +208,7 @@ def _global(row: Sequence[Group], scores: Scores, share: float, step: int) -> li
             break
         widths[max(open_, key=lambda i: exact[i] - widths[i])] += step
     while sum(widths) - left >= step:
-        open_ = [i for i in range(len(row)) if widths[i] > step]
+        open_ = [i for i, g in enumerate(row) if widths[i] > max(step, g.least)]
         if not open_:
             break
         widths[min(open_, key=lambda i: exact[i] - widths[i])] -= step

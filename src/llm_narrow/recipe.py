@@ -51,6 +51,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.prune.method == "lasso" and "experts" in self.prune.chosen_kinds:
+            raise ValueError(
+                "prune.method lasso cannot draw experts to zero: the router would still choose "
+                "them. Leave experts out of prune.kinds, or give prune.method oneshot"
+            )
         length = self.blocks.length
         needed = [
             ("score.tokens", self.score.tokens, 2),

@@ -17,9 +17,8 @@ Stork 1993); what matters here is which inputs and which outputs:
 * One-shot (`sequential=False`) takes A and T of every layer from the whole model, in one pass.
 
 Several processes each see their share of the batches; A A', A T' and |T|^2 are added up over them
-before anything is solved, so that all find the same weights.
-
-docs/log.md has what the choice of T was worth in first experiments.
+before anything is solved, so that all find the same weights. docs/log.md has what the choice of T
+was worth in first experiments.
 """
 
 import contextlib
@@ -32,8 +31,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .experts import fed, fused
+from .precision import copied
 from .processes import share, summed
 from .progress import Track, silent
+from .refit_experts import ExpertFit
 from .scores import watched
 from .units import Group, Keep, Slice, remove, removed
 
@@ -59,7 +61,7 @@ def refit_and_remove(
     damping: float = 0.01,
     sequential: bool = True,
     dtype: torch.dtype | None = None,
-    known: Sequence["Fit"] | None = None,
+    known: "Sequence[Fit | ExpertFit] | None" = None,
     track: Track = silent,
 ) -> RefitFacts:
     """Remove the units that `keep` drops, in place, and refit what read them.
@@ -79,8 +81,8 @@ def refit_and_remove(
         gone = removed(cut, keep)
         if known is None:
             known = statistics(model, cut, batches, gone=gone, dtype=dtype, track=track)
-        names = {g.name for g in cut}
-        fits = [fit.without(gone) for fit in known if fit.group.name in names]
+        read = {s.param for g in cut for s in g.reads}
+        fits = [fit.without(gone) for fit in known if fit.slice.param in read]
         remove(model, cut, keep)
         errors = {fit.slice.param: fit.write(model, damping) for fit in fits}
     return RefitFacts(tokens, damping, errors)
@@ -95,21 +97,22 @@ def statistics(
     gone: Mapping[tuple[str, int], Tensor] | None = None,
     dtype: torch.dtype | None = None,
     track: Track = silent,
-) -> list["Fit"]:
+) -> "list[Fit | ExpertFit]":
     """What the readers of `groups` are fed and give in the whole model, in one pass.
 
-    Enough for the one-shot refit of any decision (`known` of `refit_and_remove`). It holds
-    the square of each reader's width in float32 for all layers at once; positions in `gone` are
-    left out.
+    Enough for the one-shot refit of any decision (`known` of `refit_and_remove`). It holds the
+    square of each reader's width in float32 for all layers at once; positions in `gone` apart.
     """
     dtype = dtype or next(model.parameters()).dtype
-    whole = copy.deepcopy(model).to(dtype)
-    fits = [Fit.of(model, g, s, gone or {}) for g in groups for s in g.reads]
+    whole = copied(model, dtype)
+    # Of experts all, since tokens are given to their places in the whole model.
+    narrow = {axis: p for axis, p in (gone or {}).items() if axis[1] or not fused(model, axis[0])}
+    fits = _fits(model, groups, narrow)
     with contextlib.ExitStack() as hooks:
         for fit in fits:
 
-            def add(reader: Any, args: Any, out: Tensor, fit: Fit = fit) -> None:
-                fit.add(args[0], _without_bias(reader, out))
+            def add(reader: Any, args: Any, out: Tensor, fit: Any = fit) -> None:
+                fit.add(fed(args), _without_bias(reader, out))
 
             reader = whole.get_submodule(fit.slice.module)
             hooks.callback(reader.register_forward_hook(add).remove)
@@ -148,7 +151,7 @@ def _layerwise(
         )
         layer = model.get_submodule(name)
         whole = copy.deepcopy(layer).to(dtype)
-        fits = [Fit.of(model, g, s, gone) for g in here for s in g.reads]
+        fits: list[Any] = [*_fits(model, here, gone)]
         if here:
             remove(model, here, keep)
         ahead: list[Tensor] = []
@@ -163,7 +166,7 @@ def _layerwise(
                 drift = _drift(fit.group, w - h, out_whole - out_small, y_whole - y_small)
                 fit.add(a, y_whole + drift, kept_only=True)
                 ahead.append(out_whole)
-                if _adds_last(fit.group):
+                if _adds_last(fit.group) and isinstance(fit, Fit):
                     parts.append((a.view(*h.shape[:-1], -1), out_small - y_small))
             fit.add_up()
             errors[fit.slice.param] = fit.write(model, damping)
@@ -193,7 +196,18 @@ def _drift(group: Group, entering: Tensor, leaving: Tensor, own: Tensor) -> Tens
 
 def _adds_last(group: Group) -> bool:
     """Whether nothing in the layer comes after what the group's readers add to the stream."""
-    return group.added and group.kind == "neurons"
+    return group.added and group.kind != "heads"
+
+
+def _fits(
+    model: Any, groups: Sequence[Group], gone: Mapping[tuple[str, int], Tensor]
+) -> "list[Fit | ExpertFit]":
+    """Empty statistics for every reader; one for those of experts and of the neurons in them."""
+    readers = {s.param: (g, s) for g in groups for s in g.reads}
+    return [
+        (ExpertFit if fused(model, param) else Fit).of(model, g, s, gone)
+        for param, (g, s) in readers.items()
+    ]
 
 
 @dataclass
@@ -354,12 +368,12 @@ def _run(layer: Any, hidden: Tensor, call: Call) -> Tensor:
     return result
 
 
-def _observed(layer: Any, at: str, hidden: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def _observed(layer: Any, at: str, hidden: Tensor, call: Call) -> tuple[Any, Tensor, Tensor]:
     """Run a layer: what its submodule `at` is fed and gives (bias apart), and the output."""
-    seen: list[Tensor] = []
+    seen: list[Any] = []
 
     def look(reader: Any, args: Any, out: Tensor) -> None:
-        seen.extend((args[0], _without_bias(reader, out).view(*hidden.shape[:-1], -1)))
+        seen.extend((fed(args), _without_bias(reader, out).view(*hidden.shape[:-1], -1)))
 
     hook = layer.get_submodule(at).register_forward_hook(look)
     try:
@@ -370,7 +384,9 @@ def _observed(layer: Any, at: str, hidden: Tensor, call: Call) -> tuple[Tensor, 
 
 
 def _without_bias(reader: Any, out: Tensor) -> Tensor:
-    return out if reader.bias is None else out - reader.bias
+    bias: Tensor | None = getattr(reader, "bias", None)
+    # A copy even so: some layers (Falcon's) go on adding to what the reader gave, in place.
+    return out.clone() if bias is None else out - bias
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -23,12 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import UnknownName
+from .experts import See, fused, opened
 from .losses import CHUNK, FROZEN, Loss, language_loss
 from .processes import share, summed
 from .progress import Track, silent
 from .units import Group, Scores, Slice, norms
-
-See = Callable[[Group, Slice, Tensor], Tensor | None]  # what a reader is fed -> what instead
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def wanda(d: Data) -> Scores:
         total = torch.zeros(g.size)
         for s, p in zip(g.reads, power, strict=True):
             weight = params[s.param].detach().float().movedim(s.dim, 0)
-            strength = weight[s.start : s.start + g.size * s.block].square().sum(1).cpu()
+            strength = weight[s.start : s.start + g.size * s.block].square().flatten(1).sum(1).cpu()
             total += (p * strength.view(g.size, s.block)).sum(1)
         scores[g.name] = total.sqrt()
     return scores
@@ -155,20 +154,19 @@ def score(
 @contextlib.contextmanager
 def watched(model: Any, groups: Sequence[Group], see: See) -> Iterator[None]:
     """Within the block, `see(group, slice, x)` is shown what each reading module is fed."""
-    handles = []
-    for g in groups:
-        for s in g.reads:
+    readers = [(g, s) for g in groups for s in g.reads]
+    inside = [(g, s) for g, s in readers if fused(model, s.param)]
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(opened(model, inside, see))
+        for g, s in ((g, s) for g, s in readers if not fused(model, s.param)):
 
             def hook(_: Any, args: tuple[Tensor, ...], g: Group = g, s: Slice = s) -> Any:
                 instead = see(g, s, args[0])
                 return None if instead is None else (instead, *args[1:])
 
-            handles.append(model.get_submodule(s.module).register_forward_pre_hook(hook))
-    try:
+            handle = model.get_submodule(s.module).register_forward_pre_hook(hook)
+            undo.callback(handle.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager

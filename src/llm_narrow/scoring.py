@@ -4,7 +4,6 @@ A score file holds, beside the scores of all blocks, those of its two halves, by
 stability of a choice is told for any sparsity.
 """
 
-import copy
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from .cache import cache_dir, file_sha256
 from .claims import claimed
 from .errors import BadInput, problems
 from .inputs import Inputs
+from .precision import copied
 from .progress import Track, silent
 from .recipe import Recipe
 from .units import Group, Scores
@@ -58,7 +58,7 @@ def made_by(inputs: Inputs, recipe: Recipe, blocks: Blocks) -> dict[str, str]:
         "llm_narrow": __version__,
         "model": inputs.loaded.sha256,
         "dtype": recipe.dtype,
-        "bf16": str(inputs.bf16),
+        "bf16": "parameters" if inputs.bf16 else "none",  # buffers keep their precision
         "domain": inputs.domain.sha256["calibration"],
         "blocks": blocks.sha256,
         "criterion": recipe.score.criterion,
@@ -131,7 +131,7 @@ def _made(
 def _score(inputs: Inputs, recipe: Recipe, blocks: Blocks, track: Track) -> Scores:
     model = inputs.loaded.model
     if inputs.bf16:  # a copy, since autocast would cast the frozen weights anew for every batch
-        model = copy.deepcopy(model).to(torch.bfloat16)
+        model = copied(model, torch.bfloat16)
 
     def of(part: Blocks) -> Scores:
         return scores.score(

@@ -197,8 +197,9 @@ def inspected(result: "Inspected") -> RenderableType:
             percent(r.parameters / result.parameters),
             "transformers" if r.stock else "llm_narrow",
         )
-    rest = result.parameters - sum(r.parameters for r in result.removable)
-    return Group(table, f"{thousands(rest)} parameters belong to no unit and always stay.")
+    lines = [f"{thousands(result.fixed)} parameters belong to no unit and always stay."]
+    lines += [f"{kind} cannot be removed: {reason}" for kind, reason in result.refused.items()]
+    return Group(table, *lines)
 
 
 def known_models(found: "Iterable[ModelRow]") -> RenderableType:

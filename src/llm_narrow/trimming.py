@@ -14,7 +14,7 @@ from torch import Tensor
 from . import inputs, vocabulary, vocabulary_rows
 from . import recipe as recipes
 from .blocks import Blocks
-from .cost import size
+from .cost import positions, size
 from .errors import BadInput, TargetOutOfReach
 from .families import find_groups
 from .inputs import Inputs
@@ -36,7 +36,7 @@ class Trimmed:
 
     def translated(self, blocks: Blocks, start: Inputs) -> Blocks:
         """Blocks of the old tokens as those of the new ones, of the same bytes."""
-        most = getattr(start.loaded.model.config, "max_position_embeddings", None)
+        most = positions(start.loaded.model)
         return vocabulary_rows.translated(
             blocks, self.tokenizer, start.loaded.tokenizer, self.new_ids, longest=most
         )
@@ -115,7 +115,7 @@ def held_out_as(first: Loaded, blocks: Blocks, other: Loaded) -> Blocks | None:
     if found is None or found[1] != vocabulary_rows.rows_of(first.model):
         return None
     ids = vocabulary_rows.new_ids(*found)
-    most = getattr(other.model.config, "max_position_embeddings", None)
+    most = positions(other.model)
     return vocabulary_rows.translated(
         blocks, first.tokenizer, other.tokenizer, ids, longest=most
     )

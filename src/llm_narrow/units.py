@@ -1,9 +1,9 @@
 """Units, the groups they form, and what can be done to them: pick, mask, remove, count.
 
 A unit is the smallest thing that is removed: one MLP neuron, one attention head (with grouped
-queries: one key/value head and its query heads). A group is a row of interchangeable units. Unit
-`u` owns the `u`-th block of every slice of its group, so every operation is a loop over slices
-and knows no architecture by name.
+queries: one key/value head and its query heads), one expert. A group is a row of interchangeable
+units. Unit `u` owns the `u`-th block of every slice of its group, so every operation is a loop over
+slices and knows no architecture by name.
 """
 
 import copy
@@ -15,8 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-Kind = Literal["neurons", "heads"]
-KINDS: tuple[Kind, ...] = ("neurons", "heads")
+from .errors import BadInput, problems
+
+Kind = Literal["neurons", "heads", "experts"]
+KINDS: tuple[Kind, ...] = ("neurons", "heads", "experts")
+# Kinds whose units a router chooses among: one that owns nothing but zeros is chosen all the same,
+# so that it can be removed but not masked.
+ROUTED: tuple[Kind, ...] = ("experts",)
 Params = Mapping[str, Tensor]  # name -> tensor, as from dict(model.named_parameters())
 Scores = dict[str, Tensor]  # group name -> (size,) float32, higher = keep
 Keep = dict[str, Tensor]  # group name -> (size,) bool, True where the unit stays
@@ -45,7 +50,8 @@ class Group:
     consume it. `sizes` are module attributes, each with its value per unit, that have to follow
     the number of units in memory. `config` are the same for config.json when every layer keeps
     the same number; None says that no stock config can express a smaller number. `added` says that
-    what the readers give is added to the residual stream as it is, with no norm in between.
+    what the readers give is added to the residual stream as it is, with no norm or factor in
+    between. At least `least` units have to stay.
     """
 
     name: str
@@ -56,6 +62,7 @@ class Group:
     sizes: tuple[tuple[str, int], ...] = ()
     config: tuple[tuple[str, int], ...] | None = None
     added: bool = True
+    least: int = 0
 
     @property
     def slices(self) -> tuple[Slice, ...]:
@@ -105,7 +112,14 @@ def keep_all(groups: Iterable[Group]) -> Keep:
 
 @torch.no_grad()
 def mask(model: nn.Module, groups: Iterable[Group], keep: Keep) -> None:
-    """Set everything the removed units own to zero, in place."""
+    """Set everything the removed units own to zero, in place. Raises BadInput for ROUTED kinds."""
+    groups = list(groups)
+    routed = [g for g in groups if g.kind in ROUTED and not keep[g.name].all()]
+    if routed:
+        raise BadInput(
+            f"{routed[0].kind} cannot be masked, got {routed[0].name}: a router chooses among them "
+            "even where their weights are zero. Remove them, or leave the kind out."
+        )
     params = dict(model.named_parameters())
     for (name, dim), gone in removed(groups, keep).items():
         params[name].index_fill_(dim, gone.to(params[name].device), 0)
@@ -113,7 +127,19 @@ def mask(model: nn.Module, groups: Iterable[Group], keep: Keep) -> None:
 
 @torch.no_grad()
 def remove(model: nn.Module, groups: Sequence[Group], keep: Keep) -> None:
-    """Shrink the model in place to the kept units. Works on meta tensors too, as loading needs."""
+    """Shrink the model in place to the kept units. Works on meta tensors too, as loading needs.
+
+    Raises BadInput where fewer than a group's `least` would stay.
+    """
+    few = [g for g in groups if int(keep[g.name].sum()) < g.least]
+    if few:
+        raise problems(
+            "too few units would stay",
+            [
+                f"{g.name} must keep at least {g.least} {g.kind}, got {int(keep[g.name].sum())}"
+                for g in few
+            ],
+        )
     for (name, dim), gone in removed(groups, keep).items():
         if not len(gone):
             continue
@@ -135,13 +161,16 @@ def remove(model: nn.Module, groups: Sequence[Group], keep: Keep) -> None:
 
 def _refresh(layer: Any) -> None:
     """Keep the sizes that a layer reports about itself true to its weight."""
-    match type(layer).__name__:
-        case "Linear":
-            layer.out_features, layer.in_features = layer.weight.shape
-        case "Conv1D":
-            layer.nx, layer.nf = layer.weight.shape
-        case "Embedding":
-            layer.num_embeddings, layer.embedding_dim = layer.weight.shape
+    if isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(layer, nn.Embedding):
+        layer.num_embeddings, layer.embedding_dim = layer.weight.shape
+    elif type(layer).__name__ == "Conv1D":
+        layer.nx, layer.nf = layer.weight.shape
+    elif any(p.dim() == 3 and p.shape[-1] % 8 for p in layer.parameters(recurse=False)):
+        # The usual product of all experts at once needs rows of whole 16 bytes; a loop does not.
+        layer.config = copy.copy(layer.config)
+        layer.config._experts_implementation = "eager"
 
 
 def _set_size(model: nn.Module, path: str, value: int) -> None:

@@ -1,6 +1,5 @@
 """Prove a checkpoint: open it in a fresh process and compare it with the model in memory."""
 
-import copy
 import json
 import os
 import subprocess
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import BadInput, NarrowError
+from .precision import copied
 
 Layout = Literal["uniform", "padded", "uneven"]
 # Largest allowed |difference of logits| / largest |logit|. The same kernels run on both sides, so
@@ -150,9 +150,7 @@ def ask(
 def _logits(model: Any, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """What the model in memory says on the CPU with its weights in `dtype`."""
     if model.device.type != "cpu" or model.dtype != dtype:
-        model = copy.deepcopy(model).to("cpu")
-        for p in model.parameters():  # not `model.to(dtype)`, which would round rotary buffers too
-            p.data = p.data.to(dtype)
+        model = copied(model, dtype).to("cpu")
     training = model.training
     logits: Tensor = model.eval()(tokens, use_cache=False).logits.float()
     model.train(training)
