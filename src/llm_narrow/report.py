@@ -274,6 +274,7 @@ def _facts(manifest: Manifest) -> str:
     lines = [
         _fact("scores", _without(at(manifest, "scores"), "sha256")),
         _fact("kept by the scores of both halves of the calibration text", shared),
+        *([f"- {budget_line(bought)}"] if (bought := at(manifest, "joint")) else []),
         *([_fact("forgotten", forgotten)] if (forgotten := at(manifest, "forget")) else []),
         _fact("refit", at(manifest, "refit") or _no_refit(manifest)),
         _fact(
@@ -285,6 +286,16 @@ def _facts(manifest: Manifest) -> str:
         _fact("seconds", at(manifest, "seconds")),
     ]
     return "\n".join(lines)
+
+
+def budget_line(facts: Mapping[str, Any]) -> str:
+    """What one budget over all kinds bought, and how good the estimates were."""
+    bought = ", ".join(f"{of['number']:,} {kind}" for kind, of in facts["bought"].items())
+    return (
+        f"Bought {bought}: loss on the {facts['tokens']:,} tokens of the prices "
+        f"{facts['before']:.3f} → {facts['measured']:.3f} measured, {facts['listed']:.3f} by the "
+        f"list, {facts['expected']:.3f} by the prices measured on the way."
+    )
 
 
 def _no_refit(manifest: Manifest) -> str | None:

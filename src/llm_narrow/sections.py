@@ -123,7 +123,7 @@ class Prune(Section):
     )
     vocabulary: Literal["whole", "domain"] = "whole"
     vocabulary_threshold: int = Field(2, ge=1, description="a whole number of at least 1")
-    allocation: Literal["uniform", "global"] = "uniform"
+    allocation: Literal["uniform", "global", "joint"] = "uniform"
     layout: Literal["auto", "padded"] = "auto"
     multiple: int = Field(8, ge=1, description="a whole number of at least 1")
     refit: Annotated[Literal["sequential", "oneshot", "none"], BeforeValidator(refit_mode)] = (
@@ -152,6 +152,11 @@ class Prune(Section):
             raise ValueError("give either prune.sparsity or prune.target_params, not both")
         if isinstance(self.sparsity, dict) and self.kinds is not None:
             raise ValueError("leave prune.kinds out: prune.sparsity already names its kinds")
+        if self.allocation == "joint" and (self.target_params is None or self.method == "lasso"):
+            raise ValueError(
+                "prune.allocation joint spends a budget in one shot: give prune.target_params, and "
+                "prune.method oneshot"
+            )
         share = isinstance(self.target_params, str) and self.target_params.endswith("%")
         if self.target_params is not None and not 0 < target(self.target_params, 100) <= (
             100 if share else float("inf")
@@ -160,6 +165,11 @@ class Prune(Section):
                 f"prune.target_params must be above 0 and at most 100%, got {self.target_params!r}"
             )
         return self
+
+    @property
+    def by_score(self) -> Literal["uniform", "global"]:
+        """How widths are set where scores alone decide."""
+        return "uniform" if self.allocation == "uniform" else "global"
 
     @property
     def chosen_kinds(self) -> tuple[Kind, ...]:

@@ -18,7 +18,19 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from . import contrast, forecast, inputs, outcome, report, scoring, show, training, trimming, work
+from . import (
+    contrast,
+    forecast,
+    inputs,
+    joint,
+    outcome,
+    report,
+    scoring,
+    show,
+    training,
+    trimming,
+    work,
+)
 from . import recipe as recipes
 from .blocks import Blocks
 from .cost import size
@@ -83,13 +95,22 @@ def prune(
     ):
         start, cut, blocks, scored = _scored(recipe, scores, console, track, clock)
         parameters = cut.facts["parameters_before"] if cut else size(start.loaded.model).parameters
-        plan = planned(recipe, start, scored.scores if scored else {}, parameters)
+        joined = scored if recipe.prune.allocation == "joint" else None
+        if joined and joint.wanted(recipe, parameters) < size(start.loaded.model).parameters:
+            with clock.stage("price"):
+                plan, bought = joint.planned(
+                    recipe, start, joined, parameters, console=console, track=track
+                )
+            console.print(report.budget_line(bought))
+        else:
+            plan, bought = planned(recipe, start, scored.scores if scored else {}, parameters), {}
         used = {"calibration": blocks.tokens.numel()}
         facts = begun(line, recipe, start.loaded, parameters, start.domain, used, clock)
         facts |= {
             "plan": [asdict(row) for row in plan.rows],
             "scores": scored and scored.facts(),
-            "stability": _stability(recipe, plan, scored) if scored else {},
+            "stability": _stability(recipe, plan, scored) if scored and not bought else {},
+            **({"joint": bought} if bought else {}),
             **({"vocabulary": cut.facts} if cut else {}),
         }
         if run is None:
@@ -245,7 +266,7 @@ def _planned(recipe: Recipe, start: Inputs, scores: Scores, whole: int) -> Plan:
             start.all_groups,
             scores,
             sparsity=by_kind,
-            allocation=p.allocation,
+            allocation=p.by_score,
             multiple=p.multiple,
         )
     assert p.target_params is not None
@@ -259,7 +280,7 @@ def _planned(recipe: Recipe, start: Inputs, scores: Scores, whole: int) -> Plan:
         scores,
         target=target,
         kinds=p.chosen_kinds,
-        allocation=p.allocation,
+        allocation=p.by_score,
         multiple=p.multiple,
     )
 
@@ -276,7 +297,7 @@ def _stability(recipe: Recipe, plan: Plan, scored: Scored) -> dict[str, float]:
             half,
             plan.groups,
             sparsity=sparsity,
-            allocation=p.allocation,
+            allocation=p.by_score,
             multiple=p.multiple,
         )
         for half in scored.halves
@@ -313,7 +334,7 @@ def drawn_to_zero(
         chosen = planned(recipe, start, scores, facts["model"]["parameters"])
     else:
         chosen = of_zeros(
-            start.loaded.model, start.all_groups, aligned.keep, recipe.prune.allocation,
+            start.loaded.model, start.all_groups, aligned.keep, recipe.prune.by_score,
             recipe.prune.multiple,
         )  # fmt: skip
     gone = {name: int((~chosen.keep[name] & z).sum()) for name, z in zero.items()}

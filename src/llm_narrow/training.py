@@ -206,7 +206,7 @@ def _drawing(
     if lasso.weights == "scores":
         weights = weights_from_scores(
             scores, groups, sparsity=sparsity, times=unit_weights(groups, params, "size"),
-            allocation=recipe.prune.allocation,
+            allocation=recipe.prune.by_score,
         )  # fmt: skip
     else:
         weights = unit_weights(groups, params, lasso.weights)
