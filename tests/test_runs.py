@@ -133,6 +133,18 @@ def test_every_setting_is_read(
         assert wanted in read, name
 
 
+def test_several_sizes_are_made_from_the_same_scores(prune: Any, tmp_path: Path) -> None:
+    done = prune("--target-params", "95%, 90%", "--json")
+    assert done.code == 0, done.err
+    runs = json.loads(done.out)["runs"]
+    assert [run["scores"]["reused"] for run in runs] == [False, True]
+    sizes = [run["rows"][1]["parameters"] / run["rows"][0]["parameters"] for run in runs]
+    assert 0.9 < sizes[0] <= 0.95 and 0.85 < sizes[1] <= 0.9
+    assert left_behind(tmp_path / "run") == ["90-percent", "95-percent"]
+    refused(prune("--target-params", "95%,x", "--out", tmp_path / "no"), "'x'")
+    assert not (tmp_path / "no").exists()
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(prune: Any, tmp_path: Path) -> None:
     done = prune("--dry-run")
     assert done.code == 0, done.err

@@ -60,19 +60,31 @@ def prune(
     debug: Debug = False,
 ) -> None:
     """Remove what the domain does not need, repair the rest, and prove it on held-out text."""
-    asked_for = settled(recipe, given)
+    sizes = [size.strip() for size in str(given["target_params"] or "").split(",")]
+    # All are read before anything runs.
+    asked_for = [settled(recipe, {**given, "target_params": size or None}) for size in sizes]
+    from rich.console import Group
+
     from . import show, stages
 
-    result = stages.prune(
-        asked_for,
-        out=out,
-        force=force,
-        dry_run=dry_run,
-        scores=scores,
-        command=line_of(context),
-        console=told_on(quiet),
+    results = [
+        stages.prune(
+            one,
+            out=out if out is None or len(sizes) == 1 else out / size.replace("%", "-percent"),
+            force=force,
+            dry_run=dry_run,
+            scores=scores,
+            command=line_of(context),
+            console=told_on(quiet),
+        )
+        for one, size in zip(asked_for, sizes, strict=True)
+    ]
+    facts = [result.facts() for result in results]
+    answer(
+        json,
+        facts[0] if len(facts) == 1 else {"runs": facts},
+        Group(*(show.pruned(result) for result in results)),
     )
-    answer(json, result.facts(), show.pruned(result))
 
 
 @taking(

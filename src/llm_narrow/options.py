@@ -68,7 +68,7 @@ OPTIONS: dict[str, Any] = {
     "vocabulary": _text("whole, or domain: the tokens that the domain does not use go first."),
     "vocabulary_threshold": _whole("How often a token has to come up in the text to stay."),
     "sparsity": _text("Share to remove: 0.5 (the default), or e.g. neurons=0.5,heads=0.2."),
-    "target_params": _text("Parameters to keep instead: 60%, 90M or a number."),
+    "target_params": _text("Parameters to keep instead: 60%, 90M, a number, or several: 80%,60%."),
     "allocation": _text("uniform (same in every layer), global, or joint (over all kinds)."),
     "layout": _text("auto, or padded: uneven layers filled with zeros, for stock transformers."),
     "multiple": _whole("Widths are multiples of it."),
