@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import inputs, manifest, passing, sandbox, tasks
-from .cache import cache_dir
+from .cache import cache_dir, check_own, made
 from .errors import BadInput, problems
 from .models import Loaded
 from .passing import Asking, Verdict
@@ -182,7 +182,7 @@ def bench(
     }
     shared = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": recipe.seed}
     askings = wanted.askings(**shared)
-    _check_folder(out)
+    check_own(out, ANSWERS, "answers of a benchmark")
     sandbox.run("", allow_unsandboxed=allow_unsandboxed)
     protections = tuple(sandbox.protections())
     bare = [p.name for p in protections if p.essential and not p.active]
@@ -196,7 +196,7 @@ def bench(
     found = {name: tasks.load(name, track=track)[:limit] for name in named}
     loaded = {name: inputs.model_of(recipe, name, track=track) for name in names}
     forms, notes = _forms(loaded, wanted.forms, found)
-    folder = _made(out or cache_dir() / "answers")
+    folder = made(out or cache_dir() / "answers")
     total = len(found) * len(askings) * sum(map(len, forms.values()))
     rows: list[TaskRow] = []
     for task, asked in found.items():
@@ -256,29 +256,6 @@ def _too_long(rows: Sequence[TaskRow]) -> list[str]:
         for r in rows
         if r.too_long and not r.temperature
     ]
-
-
-def _check_folder(out: Path | None) -> None:
-    """Refuse a place that holds something else."""
-    if out is None or not out.exists():
-        return
-    if not out.is_dir():
-        raise BadInput(f"{out} is a file. Give --out a folder.")
-    held = [path.name for path in out.iterdir()]
-    if held and not any(name.endswith(ANSWERS) for name in held):
-        raise BadInput(
-            f"{out} holds {held[0]} and no answers of a benchmark. Give --out a folder of its own."
-        )
-
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(
-            f"{folder} cannot be made: {error.strerror or error}. Choose another --out."
-        ) from error
-    return folder
 
 
 def _file_name(task: str, how: Asking, asked: Sequence[Problem]) -> str:

@@ -58,6 +58,28 @@ def written_whole(target: Path, *, force: bool = False) -> Iterator[Path]:
         _discard(fresh)
 
 
+def check_own(out: Path | None, ending: str, what: str) -> None:
+    """Refuse a folder that holds something else than files of the ending, which are `what`."""
+    if out is None or not out.exists():
+        return
+    if not out.is_dir():
+        raise BadInput(f"{out} is a file. Give --out a folder.")
+    held = [path.name for path in out.iterdir()]
+    if held and not any(name.endswith(ending) for name in held):
+        raise BadInput(f"{out} holds {held[0]} and no {what}. Give --out a folder of its own.")
+
+
+def made(folder: Path) -> Path:
+    """The folder, made if need be. Raises BadInput where it cannot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(
+            f"{folder} cannot be made: {error.strerror or error}. Choose another --out."
+        ) from error
+    return folder
+
+
 def no_space(error: BaseException, target: Path, fresh: Path | None = None) -> BadInput | None:
     """The error to show if `error`, or what caused it, is a full disk; else None.
 

@@ -19,7 +19,7 @@ from rich.console import Group as Lines
 from rich.text import Text
 
 from . import inputs, manifest, matrix_sets, matrix_show
-from .cache import cache_dir
+from .cache import cache_dir, check_own, made
 from .errors import BadInput, problems
 from .matrix_rows import ON, ChoiceRow, LossRow, Selectivity, choice_row, loss_row
 from .matrix_rows import selectivities as found_selectivities
@@ -136,7 +136,7 @@ def bench(
     if not isinstance(recipe, Recipe):
         given = {"domain": "python", **given, "model": names[0]}
     recipe, console, track = inputs.begin(recipe, given, console)
-    _check_folder(out)
+    check_own(out, SCORES, "scores of a benchmark")
     found: dict[str, Set] = {}
     for name in asked:
         if name == ON:
@@ -151,7 +151,7 @@ def bench(
         raise BadInput(f"--on must name texts, and {', '.join(questions)} are questions.")
     own = [name for name in (ON, *own) if name in found]
     loaded = {name: inputs.model_of(recipe, name, track=track) for name in names}
-    folder = _made(out or cache_dir() / "matrix")
+    folder = made(out or cache_dir() / "matrix")
     every: dict[str, dict[str, list[Score]]] = {name: {} for name in names}
     files: dict[tuple[str, str], str] = {}
     for number, (key, some) in enumerate(found.items(), 1):
@@ -242,26 +242,3 @@ def _file_name(key: str, settings: dict[str, Any]) -> str:
     """A name that no other items, weights or settings have."""
     told = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     return f"{re.sub(r'[^a-z0-9]+', '-', Path(key).name.lower())[:40]}-{told}{SCORES}"
-
-
-def _check_folder(out: Path | None) -> None:
-    """Refuse a place that holds something else."""
-    if out is None or not out.exists():
-        return
-    if not out.is_dir():
-        raise BadInput(f"{out} is a file. Give --out a folder.")
-    held = [path.name for path in out.iterdir()]
-    if held and not any(name.endswith(SCORES) for name in held):
-        raise BadInput(
-            f"{out} holds {held[0]} and no scores of a benchmark. Give --out a folder of its own."
-        )
-
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(
-            f"{folder} cannot be made: {error.strerror or error}. Choose another --out."
-        ) from error
-    return folder

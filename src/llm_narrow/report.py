@@ -276,7 +276,7 @@ def _facts(manifest: Manifest) -> str:
         _fact("kept by the scores of both halves of the calibration text", shared),
         *([f"- {budget_line(bought)}"] if (bought := at(manifest, "joint")) else []),
         *([_fact("forgotten", forgotten)] if (forgotten := at(manifest, "forget")) else []),
-        _fact("refit", at(manifest, "refit") or _no_refit(manifest)),
+        _fact("refit", at(manifest, "refit") or at(manifest, "recipe", "prune", "refit")),
         _fact(
             "checkpoint, reloaded in a fresh process",
             _without(at(manifest, "checkpoint"), "files"),
@@ -296,10 +296,6 @@ def budget_line(facts: Mapping[str, Any]) -> str:
         f"{facts['before']:.3f} → {facts['measured']:.3f} measured, {facts['listed']:.3f} by the "
         f"list, {facts['expected']:.3f} by the prices measured on the way."
     )
-
-
-def _no_refit(manifest: Manifest) -> str | None:
-    return "none" if at(manifest, "recipe", "prune", "refit") == "none" else None
 
 
 def _without(found: Any, key: str) -> Any:
