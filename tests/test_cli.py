@@ -80,14 +80,14 @@ def test_no_flag_of_prune_is_dead(settled: Any) -> None:
 # Command -> what it calls, with names that the tests cannot load; prune, score and bench are read.
 CALLED = {
     "certify": "certificate.certify", "compare": "compare_runs.compare", "export": "to_gguf.export",
-    "gate": "gate.gate", "relearn": "relearn.relearn",
+    "gate": "gate.gate", "prices": "pricing.prices", "relearn": "relearn.relearn",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "document",
     ["README.md", *(f"docs/{name}.md" for name in ("recipes", "tasks", "export", "relearn",
-                    "certificate", "matrix", "vocabulary", "forget", "compare"))],
+                    "certificate", "matrix", "vocabulary", "forget", "compare", "prices"))],
 )  # fmt: skip
 def test_the_commands_of_the_documents_parse(
     document: str, settled: Any, run: Any, monkeypatch: pytest.MonkeyPatch
@@ -103,7 +103,7 @@ def test_the_commands_of_the_documents_parse(
     commands = [line for line in text.splitlines() if line.lstrip("$ ").startswith("llm-narrow ")]
     assert commands
     for line in commands:
-        words = shlex.split(line.lstrip("$ "), comments=True)[1:]
+        words = shlex.split(line.lstrip("$ ").partition(" > ")[0], comments=True)[1:]
         if {"--tasks", "--matrix", "--lm-eval"} & {*words} or words[0] in CALLED:
             assert "far enough" in run(*words).err, line
         elif words[0] in ("prune", "score", "bench"):
