@@ -15,9 +15,8 @@ def test_parameters_are_rounded_and_buffers_are_not() -> None:
     for name, held in model.named_buffers():
         assert twin.get_buffer(name).equal(held) and twin.get_buffer(name).dtype == held.dtype
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert twin.lm_head.weight is twin.model.embed_tokens.weight or not (
-        model.lm_head.weight is model.model.embed_tokens.weight
-    )
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    assert (twin.lm_head.weight is twin.model.embed_tokens.weight) == tied
 
 
 def test_without_a_precision_it_is_a_plain_copy() -> None:
