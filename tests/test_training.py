@@ -183,7 +183,7 @@ def test_lora_that_learnt_nothing_is_refused_unless_the_first_weights_were_the_b
 def test_a_cached_teacher_of_all_tokens_teaches_as_the_teacher_does(narrow: Any) -> None:
     beside = narrow("a", **RECOVER).manifest["recover"]
     cached = narrow("b", **RECOVER, distill="cached", top_k=384).manifest["recover"]
-    assert cached["validation"] == pytest.approx(beside["validation"], abs=2e-4)
+    assert cached["validation"] == pytest.approx(beside["validation"], abs=1e-3)
     assert cached["validation_first"] == beside["validation_first"]
 
 
