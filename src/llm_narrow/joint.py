@@ -12,10 +12,12 @@ from rich.console import Console
 
 from . import pricing, processes
 from . import recipe as recipes
+from .decision import Decision
 from .errors import BadInput
 from .inputs import Inputs
 from .plan import Plan
 from .progress import Track
+from .purchases import Tried
 from .recipe import Recipe
 from .scoring import Scored
 from .spend import spend
@@ -49,9 +51,19 @@ def planned(
     fit_tokens = min(pricing.FIT_TOKENS, recipe.score.tokens)
     ground = pricing.ground_of(start, recipe, fit_tokens=fit_tokens, track=track)
     prices = pricing.listed(start, ground, scored.scores, kinds=p.chosen_kinds, track=track)
+    measured = 0
+
+    def trials(decision: Decision) -> Tried:
+        nonlocal measured
+        if measured:
+            console.print(f"Round {measured}: refitting and measuring what is left so far")
+        measured += 1
+        tried: Tried = ground.trials(start.loaded.model)(decision)
+        return tried
+
     (spent,) = spend(
         prices, {"parameters": float(target)}, kinds=p.chosen_kinds, multiple=p.multiple,
-        trials=ground.trials(start.loaded.model),
+        trials=trials,
     )  # fmt: skip
     plan = pricing.plan_of(start, spent)
     entry = next(start.loaded.model.parameters()).element_size()
