@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+from . import cost
 from .cost import evaluating
 from .errors import BadInput
 from .losses import CHUNK, output_head
@@ -59,7 +60,7 @@ class Likelihood:
 
 def positions(model: Any) -> int:
     """How many tokens a window may feed to the model."""
-    return int(getattr(model.config, "max_position_embeddings", None) or LONGEST)
+    return cost.positions(model) or LONGEST
 
 
 def encoded(tokenizer: Any, pair: Pair, most: int) -> list[Window]:

@@ -24,6 +24,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from . import cost
 from .cost import evaluating
 from .errors import BadInput, problems
 from .measure import stop_tokens
@@ -216,7 +217,7 @@ def encoded(
 
 def positions(model: Any) -> float:
     """How many tokens the model can read; infinite where it does not say."""
-    return getattr(model.config, "max_position_embeddings", None) or math.inf
+    return cost.positions(model) or math.inf
 
 
 def _encoded(tokenizer: Any, problem: Problem, prompt: Prompt) -> list[int]:
