@@ -307,7 +307,8 @@ def test_lora(kind: str) -> None:
     assert len(learned) == 2 * len(layers(small(kind))) and all("lora" in n for n in learned)
     longer = replace(SHORT, lr=0.01, tokens=20 * 4 * LENGTH, choose="last")
     done = go(model, longer, validation=text())
-    assert done.validation < done.first - 0.05
+    slow = kind in ("bloom", "granite")  # small steps by their norms and multipliers
+    assert done.validation < done.first - (0.05 if slow else 0.1)
     adapted = outputs(model, kind)
     model = merged(model)
     torch.testing.assert_close(outputs(model, kind), adapted, rtol=1e-4, atol=1e-4)

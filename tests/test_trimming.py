@@ -133,6 +133,8 @@ def test_a_vocabulary_can_be_trimmed_again(prune: Any, tmp_path: Path) -> None:
     ("flags", "said"),
     [
         (("--kinds", "vocabulary", "--target-params", "30%"), "least that removing unused tokens"),
+        (("--kinds", "vocabulary", "--method", "lasso"), "no units to draw"),
+        (("--kinds", "experts", "--method", "lasso"), "cannot draw experts to zero"),
         (("--vocabulary", "some"), "--vocabulary 'some' is unknown"),
         (("--vocabulary", "domain", "--vocabulary-threshold", "0"), "at least 1"),
         (("--vocabulary", "domain", "--vocabulary-threshold", "999999"), "most frequent token"),

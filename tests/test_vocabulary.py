@@ -444,8 +444,11 @@ def test_logits_of_the_tokens_that_stay_are_those_they_were(
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["mismatched_keys"] and not info["unexpected_keys"]
     with torch.no_grad():
-        # Experts may be computed by another kernel after loading.
-        assert torch.allclose(again(tokens).logits, found, atol=1e-5 * float(found.abs().max()))
+        loaded = again(tokens).logits
+    if any(p.dim() == 3 for p in small.parameters()):  # experts: another kernel after loading
+        assert torch.allclose(loaded, found, atol=1e-5 * float(found.abs().max()))
+    else:
+        assert loaded.equal(found)
     embedding, head = small.get_input_embeddings().weight, small.get_output_embeddings().weight
     tied = whole.get_input_embeddings().weight is whole.get_output_embeddings().weight
     assert (embedding is head) == tied

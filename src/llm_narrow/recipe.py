@@ -51,6 +51,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.prune.method == "lasso" and not self.prune.chosen_kinds:
+            raise ValueError(
+                "prune.method lasso has no units to draw: prune.kinds names the vocabulary alone. "
+                "Add neurons or heads, or give prune.method oneshot"
+            )
         if self.prune.method == "lasso" and "experts" in self.prune.chosen_kinds:
             raise ValueError(
                 "prune.method lasso cannot draw experts to zero: the router would still choose "
