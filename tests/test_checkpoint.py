@@ -364,11 +364,11 @@ def test_every_part_of_the_answer_counts(tmp_path, monkeypatch, answer, told_of)
         verify.verify(tmp_path, about, model, tokenizer, tokens=tokens)
 
 
-def test_a_group_that_keeps_nothing_is_refused(tmp_path):
+def test_a_keep_that_is_not_the_models_is_refused(tmp_path):
     model = tiny("llama")
     groups = find_groups(model)
     keep = units.keep_all(groups)
     keep[groups[1].name][:] = False
-    with pytest.raises(BadInput, match=r"self_attn keeps no unit"):
+    with pytest.raises(BadInput, match=r"self_attn has 2 heads, and keep holds 0"):
         checkpoint.write(model, None, tmp_path, original_config=model.config, groups=groups,
                          keep=keep)  # fmt: skip

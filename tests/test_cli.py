@@ -20,6 +20,7 @@ CHANGED = {
     "--text-column": "body", "--project-column": "repo", "--max-documents": "7",
     "--length": "64", "--batch-size": "3", "--criterion": "fisher", "--calibration-tokens": "4096",
     "--sparsity": "0.3", "--target-params": "60%", "--kinds": "heads", "--allocation": "global",
+    "--target-size": "2MB", "--target-flops": "60%", "--target-kv-cache": "50%",
     "--layout": "padded", "--forget": "other", "--forget-weight": "2", "--multiple": "64",
     "--vocabulary": "domain", "--vocabulary-threshold": "3",
     "--damping": "0.1", "--held-out-tokens": "4096", "--samples": "3",
@@ -69,12 +70,14 @@ def test_no_flag_of_prune_is_dead(settled: Any) -> None:
     negative = {"--refit": "--no-refit", "--speed": "--no-speed", "--fill": "--no-fill",
                 "--report": "--no-report"}  # fmt: skip
     tried = {negative.get(option, option) for option in options - ABOUT_THE_CALL}
-    assert tried == {*CHANGED, "--step", "--penalty"}
+    assert tried == {*CHANGED, "--step", "--penalty", "--keep-layers"}
     for option, value in CHANGED.items():
         changed = settled(*names, option, *([] if value is None else [value]))
         assert changed != plain, option
     paper = settled(*names, "--step", "gradient", "--control", "loss", "--penalty", "hoyer")
     assert (paper.lasso.step, paper.lasso.penalty) == ("gradient", "hoyer")
+    fewer = settled(*names, "--kinds", "layers", "--keep-layers", "3", "--target-params", "60%")
+    assert fewer.prune.keep_layers == 3
 
 
 # Command -> what it calls, with names that the tests cannot load; prune, score and bench are read.

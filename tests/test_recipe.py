@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from llm_narrow import recipe, units
 from llm_narrow.errors import BadInput, UnknownName
 from llm_narrow.recipe import FLAGS, Recipe, Section, load, target
+from llm_narrow.sections import target_bytes
 
 ROOT = Path(__file__).parent.parent
 NAMES = {"model": "tiny", "domain": "text"}
@@ -63,9 +64,21 @@ def test_kinds_are_those_of_units() -> None:
         ({"target_params": "0"}, "--target-params must be above 0"),
         ({"target_params": "90X"}, "--target-params must be a number of parameters"),
         ({"target_params": "60%", "sparsity": 0.5}, "either --sparsity or --target-params"),
+        ({"target_flops": "60%", "sparsity": 0.5}, "either --sparsity or --target-flops"),
+        ({"target_size": "200"}, "--target-size must be bytes of weights (200MB, 1.5GiB)"),
+        ({"target_size": "0MB"}, "--target-size must be above 0"),
+        ({"target_kv_cache": "101%"}, "--target-kv-cache must be above 0 and at most 100%"),
+        ({"target_flops": "60%", "allocation": "uniform"}, "--target-flops needs --allocation"),
+        ({"kinds": "layers", "allocation": "global", "target_params": "60%"},
+         "--kinds layers needs --allocation joint, got global"),
+        ({"kinds": "layers"}, "spends a budget in one shot: give prune.target_params"),
+        ({"kinds": "layers,mlp", "target_params": "60%", "method": "lasso"}, "--method oneshot"),
+        ({"target_flops": "60%", "keep_layers": 4}, "name layers in prune.kinds too"),
+        ({"keep_layers": 0}, "--keep-layers must be a whole number of at least 1, got 0"),
         ({"sparsity": "heads=0.2", "kinds": "heads"}, "leave --kinds out"),
         ({"kinds": "neuron"},
-         "--kinds must be one or more of neurons, heads, experts, vocabulary, got 'neuron'"),
+         "--kinds must be one or more of neurons, heads, experts, attention, mlp, layers, "
+         "vocabulary, got 'neuron'"),
         ({"kinds": ""}, "--kinds must be one or more of"),
         ({"allocation": "globl"}, "Did you mean 'global'?"),
         ({"criterion": "atribution"}, "--criterion 'atribution' is unknown. Did you mean"),
@@ -115,8 +128,8 @@ def test_all_problems_of_a_file_at_once(tmp_path: Path) -> None:
         "  prune.sparsity must be at least 0 and below 1, or such a number for each kind "
         "(neurons, heads), got 1.5",
         "  key of prune 'sparcity' is unknown. Did you mean 'sparsity'? Known: allocation, "
-        "damping, kinds, layout, method, multiple, refit, sparsity, target_params, vocabulary, "
-        "vocabulary_threshold.",
+        "damping, keep_layers, kinds, layout, method, multiple, refit, sparsity, target_flops, "
+        "target_kv_cache, target_params, target_size, vocabulary, vocabulary_threshold.",
         "  key 'sed' is unknown. Did you mean 'seed'? Known: blocks, device, domain, dtype, "
         "lasso, measure, model, prune, recover, score, seed, train.",
         "  score.criterion 'atribution' is unknown. Did you mean 'attribution'? "
@@ -192,6 +205,9 @@ def test_target(value: int | str, parameters: int) -> None:
         {"sparsity": "neurons=0.5,heads=0.2"},
         {"target_params": "60%"},
         {"target_params": 1000, "kinds": "neurons,heads", "glob": "**/*.rs", "damping": 1e-5},
+        {"target_size": "200MB", "kinds": "vocabulary,neurons"},
+        {"target_kv_cache": "50%", "target_flops": "70%"},
+        {"target_params": "70%", "kinds": "vocabulary,heads,layers,mlp", "keep_layers": 9},
     ],
 )
 def test_the_resolved_recipe_is_the_same_recipe(tmp_path: Path, given: dict[str, object]) -> None:
@@ -201,6 +217,46 @@ def test_the_resolved_recipe_is_the_same_recipe(tmp_path: Path, given: dict[str,
     assert second.to_yaml() == first.to_yaml()
     assert second.prune.sparsity_by_kind == first.prune.sparsity_by_kind
     assert second.prune.chosen_kinds == first.prune.chosen_kinds
+    assert (second.prune.parts, second.prune.targets) == (first.prune.parts, first.prune.targets)
+
+
+@pytest.mark.parametrize(
+    ("given", "allocation", "kinds", "parts"),
+    [
+        ({"target_size": "60%"}, "uniform", ("neurons",), ()),
+        ({"target_flops": "60%"}, "joint", ("neurons",), ()),
+        ({"target_kv_cache": "60%"}, "joint", ("neurons", "heads"), ()),
+        ({"target_params": "60%", "kinds": "layers,heads"}, "joint", ("heads",), ("layers",)),
+        ({"target_params": "60%", "kinds": "mlp,vocabulary"}, "joint", (), ("mlp",)),
+    ],
+)
+def test_what_only_a_joint_budget_can_do_asks_for_one(
+    given: dict[str, object], allocation: str, kinds: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    p = load(None, {**NAMES, **given}).prune
+    assert (p.allocation, p.chosen_kinds, p.parts) == (allocation, kinds, parts)
+
+
+def test_a_flag_replaces_any_size_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("model: {name: a}\ndomain: {name: b}\nprune: {target_size: 60%}\n")
+    assert load(file, {"sparsity": 0.5}).prune.targets == {}
+    file.write_text("model: {name: a}\ndomain: {name: b}\nprune: {sparsity: 0.5}\n")
+    assert load(file, {"target_size": "2MB"}).prune.sparsity_by_kind is None
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [("60%", 120.0), ("2kB", 2000.0), ("2KiB", 2048.0), ("1.5GB", 1.5e9), ("7b", 7.0), (5, 5)],
+)
+def test_bytes(value: int | str, found: float) -> None:
+    assert target_bytes(value, 200) == found
+
+
+def test_the_smallest_of_several_sizes_counts() -> None:
+    p = load(None, {**NAMES, "target_params": "60%", "target_size": "200B"}).prune
+    assert p.parameters_wanted(1000, 4) == 50
+    assert p.parameters_wanted(70, 2) == 42
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)

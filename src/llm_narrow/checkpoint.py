@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from . import units
+from . import depth
 from .cache import remembered_sha256, written_whole
 from .errors import BadInput, problems
 from .families import find_groups
@@ -106,9 +106,14 @@ def write(
     pad: bool = False,
 ) -> Written:
     """Write the files of the checkpoint into `folder`, unproved. Leaves `model` as it is."""
-    empty = [g.name for g in groups if not keep[g.name].any()]
-    if empty:
-        raise problems(str(folder), [f"{name} keeps no unit; keep at least one" for name in empty])
+    sizes = {g.name: g.size for g in find_groups(model)}
+    wrong = [
+        f"{g.name} has {sizes.get(g.name)} {g.kind}, and keep holds {int(keep[g.name].sum())}"
+        for g in groups
+        if sizes.get(g.name) != int(keep[g.name].sum())
+    ]
+    if wrong:
+        raise problems("the model does not fit keep; remove first, then save", wrong[:8])
     dtype = dtype or model.dtype
     whole = _composed(getattr(model, "narrow_keep", {}), keep)
     config = uniform_config(original_config, groups, whole, keep)
@@ -122,7 +127,7 @@ def write(
             )
     twin = _skeleton(original_config if config is None else config, dtype)
     if layout == "uneven":
-        units.remove(twin, find_groups(twin), whole)
+        depth.take_out(twin, find_groups(twin), whole)
     held = padded_state(model, twin) if layout == "padded" else model.state_dict()
     state = {name: _cast(t.detach().cpu(), dtype) for name, t in held.items()}
     twin.load_state_dict(state, strict=True, assign=True)
@@ -277,7 +282,7 @@ def _load_uneven(folder: Path, weights: Sequence[Path], dtype: torch.dtype | Non
             wrong.append(f"{g.name} must be {g.size} bools, is {list(here.shape)} {here.dtype}")
     if wrong:
         raise problems(f"{folder / KEEP} does not fit {folder}/config.json", sorted(wrong))
-    units.remove(model, groups, keep)
+    depth.take_out(model, groups, keep)
     state: dict[str, Tensor] = {}
     for path in weights:
         state |= {name: _cast(t, model.dtype) for name, t in load_file(path).items()}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from . import inputs, outcome, scoring, stages, train, training, work
+from . import inputs, outcome, removal, scoring, stages, train, training, work
 from .blocks import Blocks
 from .cache import written_whole
 from .claims import claimed
@@ -251,7 +251,7 @@ def _narrowed(
     elif cell.seed == ground.recipe.seed:
         _lend(shelf, left.folder, REFITTED)
     with clock.stage("refit and remove"):
-        facts["refit"] = stages.refitted(recipe, start, blocks, plan, facts, left, ground.track)
+        facts["refit"] = removal.refitted(recipe, start, blocks, plan, facts, left, ground.track)
     if keeps and not lasso:
         _lend(left.folder, shelf, REFITTED)
     return plan

@@ -96,9 +96,18 @@ def remove_layers(model: Any, keep: Tensor) -> None:
     changes = _changes(model.config, keep)
     _check(model.config, stack, changes, keep)
     _shorten(model, stack, keep)
+    if earlier := getattr(model, "narrow_keep", None):  # of a model that was narrowed before
+        model.narrow_keep = carried(earlier, keep, stack)
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     for config in configs.values():
         _set(config, changes)
+
+
+def shortened(config: Any, keep: Tensor) -> Any:
+    """A copy of the config for the layers that `keep`, (layers,) bool, holds."""
+    copied = copy.deepcopy(config)
+    _set(copied, _changes(config, keep) if not keep.all() else {})
+    return copied
 
 
 def carried(keep: Mapping[str, Tensor], layers: Tensor, stack: str) -> Keep:
@@ -273,8 +282,7 @@ def _check(config: Any, stack: str, changes: Mapping[str, Any], keep: Tensor) ->
             f"No layer of this {kind} can go: its attention is divided by the number of the layer "
             "(scale_attn_by_inverse_layer_idx). Leave `layers` out."
         )
-    shorter = copy.deepcopy(config)
-    _set(shorter, changes)
+    shorter = shortened(config, keep)
     with torch.device("meta"):
         whole, wanted = STOCK.from_config(copy.deepcopy(config)), STOCK.from_config(shorter)
     _shorten(whole, stack, keep)

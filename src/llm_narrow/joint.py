@@ -5,35 +5,72 @@ removals draw, and what is cheapest for what it saves goes first, with prices me
 way. Widths come out uneven.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from . import pricing, processes
 from . import recipe as recipes
-from .decision import Decision
-from .errors import BadInput
+from .blocks import Blocks
+from .budget import Amounts, ledger
+from .decision import Decision, carry_out
+from .depth import layers_of, shortened
+from .errors import BadInput, TargetOutOfReach
 from .inputs import Inputs
 from .plan import Plan
 from .progress import Track
-from .purchases import Tried
+from .purchases import Floors, Tried
 from .recipe import Recipe
-from .scoring import Scored
+from .refit import RefitFacts
+from .sections import target_bytes
 from .spend import spend
+from .trimming import Trimmed
+from .units import Group, Keep, Scores
 
 
-def wanted(recipe: Recipe, parameters: int) -> int:
-    """How many parameters the recipe asks for, of a model that had so many when it was loaded."""
-    assert recipe.prune.target_params is not None
-    return recipes.target(recipe.prune.target_params, parameters)
+def limits(recipe: Recipe, start: Inputs, cut: Trimmed | None) -> dict[str, float]:
+    """How much may be left of what, in the terms of `spend`; nothing where it is reached already.
+
+    Shares are of the model as it was loaded, before its vocabulary was trimmed. Raises
+    TargetOutOfReach for more than the model has.
+    """
+    model, p = start.loaded.model, recipe.prune
+    layers = layers_of(model)
+    entry = next(model.parameters()).element_size()
+    now = ledger(model, layers).total(
+        {g.name: g.size for layer in layers for g in layer.groups}, [True] * len(layers)
+    )
+    trimmed = cut.facts["parameters_before"] - cut.facts["parameters"] if cut else 0
+    rows = cut.facts["rows_before"] - cut.facts["rows"] if cut else 0
+    width = model.get_output_embeddings().weight.shape[1]  # a row of the head is one product
+    loaded = now + Amounts(trimmed, 2.0 * rows * width)
+    asked: dict[str, tuple[str, float]] = {}
+    if (most := p.parameters_wanted(round(loaded.parameters), entry)) is not None:
+        name = "target_params" if p.target_params is not None else "target_size"
+        asked["parameters"] = name, float(most)
+    if p.target_flops is not None:
+        asked["flops"] = "target_flops", float(recipes.target(p.target_flops, round(loaded.flops)))
+    if p.target_kv_cache is not None:
+        most_cached = target_bytes(p.target_kv_cache, loaded.kv_bytes)
+        asked["kv_bytes"] = "target_kv_cache", most_cached
+    for resource, (name, value) in asked.items():
+        has = getattr(loaded, resource)
+        if value > has:
+            raise TargetOutOfReach(
+                f"{name} {value:,.0f} is above the {has:,.0f} that the model has. Ask for less, or "
+                "leave the model as it is."
+            )
+    return {r: value for r, (_, value) in asked.items() if value < getattr(now, r)}
 
 
 def planned(
-    recipe: Recipe, start: Inputs, scored: Scored, parameters: int, *, console: Console,
-    track: Track,
+    recipe: Recipe, start: Inputs, scores: Scores, wanted: Mapping[str, float], parameters: int,
+    *, console: Console, track: Track,
 ) -> tuple[Plan, dict[str, Any]]:  # fmt: skip
-    """What to remove of the recipe's kinds for the size that it asks for, and what is told of it.
+    """What to remove of the recipe's kinds to keep the limits, and what is told of it.
 
     `parameters` are those of the model as it was loaded.
 
@@ -46,11 +83,11 @@ def planned(
             "uniform or global."
         )
     p = recipe.prune
-    target = wanted(recipe, parameters)
-    console.print(f"Pricing {' and '.join(p.chosen_kinds)} by removing some of them")
+    kinds = (*p.chosen_kinds, *p.parts)
+    console.print(f"Pricing {' and '.join(kinds)} by removing some of them")
     fit_tokens = min(pricing.FIT_TOKENS, recipe.score.tokens)
     ground = pricing.ground_of(start, recipe, fit_tokens=fit_tokens, track=track)
-    prices = pricing.listed(start, ground, scored.scores, kinds=p.chosen_kinds, track=track)
+    prices = pricing.listed(start, ground, scores, kinds=kinds, track=track)
     measured = 0
 
     def trials(decision: Decision) -> Tried:
@@ -62,12 +99,34 @@ def planned(
         return tried
 
     (spent,) = spend(
-        prices, {"parameters": float(target)}, kinds=p.chosen_kinds, multiple=p.multiple,
-        trials=trials,
+        prices, wanted, kinds=kinds, multiple=p.multiple, trials=trials,
+        floors=Floors(layers=p.keep_layers or 1),
     )  # fmt: skip
     plan = pricing.plan_of(start, spent)
     entry = next(start.loaded.model.parameters()).element_size()
     plan = replace(plan, parameters_before=parameters, bytes_before=parameters * entry)
     facts = spent.facts()
     correlation = prices.facts()["correlation_of_scores"]
-    return plan, {**facts, "tokens": prices.targets, "correlation_of_scores": correlation}
+    return plan, {
+        **facts, "wanted": dict(wanted), "tokens": prices.targets,
+        "correlation_of_scores": correlation,
+    }  # fmt: skip
+
+
+def carried_out(
+    recipe: Recipe, start: Inputs, blocks: Blocks, plan: Plan, *, refit: bool, track: Track
+) -> tuple[tuple[Group, ...], Keep, Any, RefitFacts | None]:
+    """Take layers and halves of layers out of the model, in place, and units, refitted.
+
+    Gives what `checkpoint.save` wants: groups, what of them is kept, and the config of before,
+    all of the model without the layers that go.
+    """
+    assert plan.layers is not None
+    model = start.loaded.model
+    config = shortened(model.config, plan.layers)
+    groups, keep, fitted = carry_out(
+        model, Decision(plan.layers, dict(plan.keep)), blocks.batches(recipe.blocks.batch_size),
+        damping=recipe.prune.damping, sequential=recipe.prune.refit == "sequential", refit=refit,
+        dtype=torch.bfloat16 if start.bf16 else None, track=track,
+    )  # fmt: skip
+    return groups, keep, config, fitted

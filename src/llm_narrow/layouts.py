@@ -8,8 +8,9 @@ from typing import Any
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from . import checkpoint, models, units
+from . import checkpoint, models
 from .checkpoint import KEEP, Verified
+from .depth import take_out
 from .errors import BadInput, UnknownName
 from .families import find_groups
 from .progress import Track, silent
@@ -74,4 +75,4 @@ def _without_zeros(model: Any) -> None:
     """Remove the units that are zero throughout, in place."""
     groups, params = find_groups(model), dict(model.named_parameters())
     keep = {g.name: (norms(g, params) > 0).cpu() for g in groups}
-    units.remove(model, groups, keep)
+    take_out(model, groups, keep)

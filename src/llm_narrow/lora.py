@@ -14,9 +14,10 @@ from .families import find_groups
 def layers(model: Any) -> list[str]:
     """The names of the linear layers that units live in, of any declared architecture.
 
-    Not those of fused experts and their routers, which are no linear layers.
+    Not those of fused experts and their routers, which are no linear layers, and none without
+    weights, as halves of layers have that are gone.
     """
-    found = {s.module for g in find_groups(model) for s in g.slices}
+    found = {s.module for g in find_groups(model) if g.size for s in g.slices}
     return sorted(n for n in found if isinstance(model.get_submodule(n), nn.Linear | Conv1D))
 
 

@@ -64,11 +64,15 @@ OPTIONS: dict[str, Any] = {
     "calibration_tokens": _tokens("Tokens to score and refit on."),
     "forget": _text("Domains, with commas between, whose units go first."),
     "forget_weight": _number("How much their use counts against a unit."),
-    "kinds": _text("What may go: neurons, heads, experts, vocabulary."),
+    "kinds": _text("What may go: neurons, heads, experts, vocabulary, attention, mlp, layers."),
     "vocabulary": _text("whole, or domain: the tokens that the domain does not use go first."),
     "vocabulary_threshold": _whole("How often a token has to come up in the text to stay."),
     "sparsity": _text("Share to remove: 0.5 (the default), or e.g. neurons=0.5,heads=0.2."),
     "target_params": _text("Parameters to keep instead: 60%, 90M, a number, or several: 80%,60%."),
+    "target_size": _text("Bytes of weights to keep: 200MB, 1.5GiB, 60%."),
+    "target_flops": _text("Operations of a token to keep: 60%, 180M."),
+    "target_kv_cache": _text("Bytes of a token in the cache to keep: 50%, 12kB."),
+    "keep_layers": _whole("Layers that stay at least, with --kinds layers."),
     "allocation": _text("uniform (same in every layer), global, or joint (over all kinds)."),
     "layout": _text("auto, or padded: uneven layers filled with zeros, for stock transformers."),
     "multiple": _whole("Widths are multiples of it."),
@@ -119,8 +123,8 @@ TEXT = ("glob", "text_column", "project_column", "max_documents", "length", "bat
 ORIGIN = ("revision", "trust_remote_code")
 SCORING = ("criterion", "calibration_tokens", "kinds", "forget", "forget_weight")
 SIZE = (
-    "sparsity", "target_params", "allocation", "layout", "multiple", "vocabulary",
-    "vocabulary_threshold",
+    "sparsity", "target_params", "target_size", "target_flops", "target_kv_cache", "keep_layers",
+    "allocation", "layout", "multiple", "vocabulary", "vocabulary_threshold",
 )  # fmt: skip
 REFIT = ("refit", "damping")
 LASSO = ("lasso_tokens", "lasso_lr", "penalty", "step", "control", "strength", "weights")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from .errors import TargetOutOfReach
 from .units import Group, Keep, Kind, Params, Scores, count, keep_all
@@ -24,7 +25,10 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decision, and parameters and bytes before and after it."""
+    """The decision, and parameters and bytes before and after it.
+
+    `layers`, (layers,) bool, says which layers stay where some may go; of the others no unit does.
+    """
 
     groups: tuple[Group, ...]
     keep: Keep
@@ -32,6 +36,19 @@ class Plan:
     parameters_after: int
     bytes_before: int
     bytes_after: int
+    layers: Tensor | None = None
+
+    @property
+    def layers_gone(self) -> list[int]:
+        """The numbers of the layers that go."""
+        return [] if self.layers is None else (~self.layers).nonzero().flatten().tolist()
+
+    @property
+    def only_units(self) -> bool:
+        """Whether no layer goes, and no group loses all of its units."""
+        return not self.layers_gone and all(
+            bool(k.any()) or not len(k) for k in self.keep.values()
+        )
 
     @property
     def rows(self) -> tuple[PlanRow, ...]:

@@ -169,7 +169,8 @@ def plan_of(start: Inputs, spent: Spent) -> Plan:
     before, after = size(start.loaded.model).parameters, round(spent.left.parameters)
     groups = start.all_groups
     keep = {g.name: spent.decision.keep[g.name] for g in groups}
-    return Plan(groups, keep, before, after, before * entry, after * entry)
+    layers = spent.decision.layers
+    return Plan(groups, keep, before, after, before * entry, after * entry, layers)
 
 
 def _log_path(start: Inputs, recipe: Recipe, measured: Blocks, fitted: Blocks) -> Path:

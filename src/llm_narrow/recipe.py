@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from .errors import BadInput, UnknownName, problems
 from .sections import (
+    TARGETS,
     Blocks,
     Device,
     Domain,
@@ -93,7 +94,7 @@ class Recipe(Section):
         settled = p.model_copy(
             update={
                 "sparsity": by_kind,
-                "kinds": p.chosen_kinds if by_kind is None else None,
+                "kinds": (*p.chosen_kinds, *p.parts) if by_kind is None else None,
             }
         )
         data: dict[str, Any] = self.model_copy(update={"prune": settled}).model_dump(
@@ -124,6 +125,10 @@ FLAGS: dict[str, str] = {
     "forget_weight": "score.forget_weight",
     "sparsity": "prune.sparsity",
     "target_params": "prune.target_params",
+    "target_size": "prune.target_size",
+    "target_flops": "prune.target_flops",
+    "target_kv_cache": "prune.target_kv_cache",
+    "keep_layers": "prune.keep_layers",
     "kinds": "prune.kinds",
     "vocabulary": "prune.vocabulary",
     "vocabulary_threshold": "prune.vocabulary_threshold",
@@ -194,10 +199,11 @@ def load(
     data = {name: value for name, value in read.items() if value is not None}
     if isinstance(prune := data.get("prune"), dict):  # a flag replaces what it stands against
         if "sparsity" in given:
-            prune.pop("target_params", None)
+            for name in TARGETS:
+                prune.pop(name, None)
             if isinstance(by_kind(given["sparsity"]), dict):
                 prune.pop("kinds", None)
-        elif "target_params" in given:
+        elif given.keys() & {*TARGETS}:
             prune.pop("sparsity", None)
     spelled = {FLAGS[name]: spell(name) for name in given}
     for name, value in given.items():

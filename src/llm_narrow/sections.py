@@ -5,7 +5,7 @@ description, so that a wrong value is told by the rule that it breaks.
 """
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -17,14 +17,20 @@ from pydantic import (
 )
 
 Kind = Literal["neurons", "heads", "experts"]
+Part = Literal["attention", "mlp", "layers"]  # halves of layers, and layers
+Removable = Literal["neurons", "heads", "experts", "attention", "mlp", "layers"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 Target = Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)?(%|[kKmMbB])?$")]
+Bytes = Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)?(%|([kKmMgG][iI]?)?[bB])$")]
 Count = Annotated[int, BeforeValidator(lambda value: counted(value))]
 Names = Annotated[tuple[Text, ...] | None, BeforeValidator(lambda value: listed(value))]
 TOKENS = "a whole number of at least 1 token; 200k and 1M are understood"
 MULTIPLES = {"k": 1e3, "m": 1e6, "b": 1e9}
+TARGETS = ("target_params", "target_size", "target_flops", "target_kv_cache")
+BYTES = ("target_size", "target_kv_cache")  # of those
 
 
 def by_kind(value: object) -> object:
@@ -66,6 +72,18 @@ def target(value: int | str, total: int) -> int:
     if value.endswith("%"):
         return round(total * float(value[:-1]) / 100)
     return round(float(value.rstrip("kKmMbB")) * MULTIPLES.get(value[-1].lower(), 1))
+
+
+def target_bytes(value: int | str, total: float) -> float:
+    """The bytes that `60%` of `total`, `200MB` (of a million), `1.5GiB` or a number stand for."""
+    if isinstance(value, int):
+        return value
+    number, unit = re.fullmatch(r"([\d.]+)(.*)", value).groups()  # type: ignore[union-attr]
+    if unit == "%":
+        return total * float(number) / 100
+    size = unit.upper()
+    power = "_KMG".index(size[0]) if len(size) > 1 else 0
+    return float(number) * (1024.0 if "I" in size else 1000.0) ** power
 
 
 class Section(BaseModel):
@@ -118,8 +136,19 @@ class Prune(Section):
     target_params: int | Target | None = Field(
         None, description="a number of parameters (90M) or a share of the model's (60%)"
     )
-    kinds: Annotated[tuple[Kind, ...] | None, BeforeValidator(listed)] = Field(
-        None, description="one or more of neurons, heads, experts, vocabulary"
+    target_size: int | Bytes | None = Field(
+        None, description="bytes of weights (200MB, 1.5GiB) or a share of the model's (60%)"
+    )
+    target_flops: int | Target | None = Field(
+        None, description="operations of a token (180M) or a share of the model's (60%)"
+    )
+    target_kv_cache: int | Bytes | None = Field(
+        None, description="bytes of a token in the cache (12kB) or a share of the model's (50%)"
+    )
+    keep_layers: int | None = Field(None, ge=1, description="a whole number of at least 1")
+    kinds: Annotated[tuple[Removable, ...] | None, BeforeValidator(listed)] = Field(
+        None,
+        description="one or more of neurons, heads, experts, attention, mlp, layers, vocabulary",
     )
     vocabulary: Literal["whole", "domain"] = "whole"
     vocabulary_threshold: int = Field(2, ge=1, description="a whole number of at least 1")
@@ -133,38 +162,74 @@ class Prune(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _vocabulary_is_a_kind(cls, data: Any) -> Any:
-        """Take `vocabulary` out of the kinds, where users look for it: it is not made of units."""
+    def _settled(cls, data: Any) -> Any:
+        """Take `vocabulary` out of the kinds, where users look for it: it is not made of units.
+
+        What only a joint budget can do asks for one, unless the allocation is given.
+        """
         if not isinstance(data, dict):
             return data
         kinds = listed(data.get("kinds"))
-        if isinstance(kinds, tuple) and "vocabulary" in kinds:
+        if not isinstance(kinds, tuple):
+            kinds = ()
+        if "vocabulary" in kinds:
             data = {**data, "vocabulary": "domain"}
-            data["kinds"] = tuple(kind for kind in kinds if kind != "vocabulary")
+            data["kinds"] = kinds = tuple(kind for kind in kinds if kind != "vocabulary")
+        only = ("target_flops", "target_kv_cache", "keep_layers")
+        if {*kinds} & {*get_args(Part)} or any(data.get(name) is not None for name in only):
+            data = {"allocation": "joint", **data}
         return data
 
     @model_validator(mode="after")
     def _exclusive(self) -> Self:
         if self.kinds == () and self.vocabulary == "whole":
             raise ValueError("prune.kinds must be one or more of neurons, heads, experts, "
-                             "vocabulary, got none")  # fmt: skip
-        if self.sparsity is not None and self.target_params is not None:
-            raise ValueError("give either prune.sparsity or prune.target_params, not both")
+                             "attention, mlp, layers, vocabulary, got none")  # fmt: skip
+        targets = self.targets
+        if self.sparsity is not None and targets:
+            raise ValueError(f"give either prune.sparsity or prune.{next(iter(targets))}, not both")
         if isinstance(self.sparsity, dict) and self.kinds is not None:
             raise ValueError("leave prune.kinds out: prune.sparsity already names its kinds")
-        if self.allocation == "joint" and (self.target_params is None or self.method == "lasso"):
+        for name, value in targets.items():
+            share = isinstance(value, str) and value.endswith("%")
+            least = target_bytes(value, 100) if name in BYTES else target(value, 100)
+            if not 0 < least <= (100 if share else float("inf")):
+                raise ValueError(f"prune.{name} must be above 0 and at most 100%, got {value!r}")
+        if self.allocation == "joint":
+            if not targets or self.method == "lasso":
+                raise ValueError(
+                    "prune.allocation joint spends a budget in one shot: give prune.target_params "
+                    "(or target_size, target_flops, target_kv_cache), and prune.method oneshot"
+                )
+            if self.keep_layers is not None and "layers" not in self.parts:
+                raise ValueError(
+                    "prune.keep_layers says how many layers stay where some may go: name layers "
+                    "in prune.kinds too"
+                )
+            return self
+        for name in ("target_flops", "target_kv_cache", "keep_layers"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"prune.{name} needs prune.allocation joint")
+        if self.parts:
             raise ValueError(
-                "prune.allocation joint spends a budget in one shot: give prune.target_params, and "
-                "prune.method oneshot"
-            )
-        share = isinstance(self.target_params, str) and self.target_params.endswith("%")
-        if self.target_params is not None and not 0 < target(self.target_params, 100) <= (
-            100 if share else float("inf")
-        ):
-            raise ValueError(
-                f"prune.target_params must be above 0 and at most 100%, got {self.target_params!r}"
+                f"prune.kinds {', '.join(self.parts)} needs prune.allocation joint, got "
+                f"{self.allocation}"
             )
         return self
+
+    @property
+    def targets(self) -> dict[str, int | str]:
+        """The targets that are given, by the name of their setting."""
+        return {name: value for name in TARGETS if (value := getattr(self, name)) is not None}
+
+    def parameters_wanted(self, whole: int, entry: int) -> int | None:
+        """How many parameters may be left of `whole`, of `entry` bytes each; None if not said."""
+        found = []
+        if self.target_params is not None:
+            found.append(target(self.target_params, whole))
+        if self.target_size is not None:
+            found.append(int(target_bytes(self.target_size, whole * entry) // entry))
+        return min(found, default=None)
 
     @property
     def by_score(self) -> Literal["uniform", "global"]:
@@ -176,14 +241,21 @@ class Prune(Section):
         """The kinds of unit that may go; neurons alone unless others are asked for."""
         if isinstance(self.sparsity, dict):
             return tuple(self.sparsity)
-        return ("neurons",) if self.kinds is None else self.kinds
+        if self.kinds is None:
+            return ("neurons",) if self.target_kv_cache is None else ("neurons", "heads")
+        return tuple(kind for kind in KINDS if kind in self.kinds)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What may go beside units: halves of layers, and layers."""
+        return tuple(part for part in get_args(Part) if part in (self.kinds or ()))
 
     @property
     def sparsity_by_kind(self) -> dict[Kind, float] | None:
-        """The sparsity of each chosen kind; None when a number of parameters is asked for."""
+        """The sparsity of each chosen kind; None when a size is asked for."""
         if isinstance(self.sparsity, dict):
             return dict(self.sparsity)
-        if self.target_params is not None:
+        if self.targets:
             return None
         return dict.fromkeys(self.chosen_kinds, 0.5 if self.sparsity is None else self.sparsity)
 

@@ -34,7 +34,7 @@ def plan(found: "Plan", stability: Mapping[str, float]) -> RenderableType:
     """Units of each layer before and after, then parameters and bytes; equal layers on one line."""
     table = _table("Plan", "layers", "kind", "units", "kept", "removed")
     for kind in dict.fromkeys(row.kind for row in found.rows):
-        rows = [row for row in found.rows if row.kind == kind]
+        rows = [row for row in found.rows if row.kind == kind and row.before]
         for (before, after), same in groupby(rows, key=lambda row: (row.before, row.after)):
             names = [_layer(row.group) for row in same]
             layers = names[0] if len(names) == 1 else f"{names[0]}-{names[-1]}"

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -24,6 +23,7 @@ from . import (
     inputs,
     joint,
     outcome,
+    removal,
     report,
     scoring,
     show,
@@ -31,7 +31,6 @@ from . import (
     trimming,
     work,
 )
-from . import recipe as recipes
 from .blocks import Blocks
 from .cost import size
 from .errors import BadInput
@@ -40,12 +39,11 @@ from .manifest import Clock, begun
 from .plan import Plan, by_parameters, by_sparsity, of_zeros, priced, select
 from .progress import Track
 from .recipe import Recipe
-from .refit import refit_and_remove
 from .rows import Row
 from .scores import memory_estimate, overlap
 from .scoring import Scored
 from .trimming import Trimmed
-from .units import Scores, keep_all, remove
+from .units import Scores, keep_all
 from .work import Job, Work
 
 
@@ -95,15 +93,17 @@ def prune(
     ):
         start, cut, blocks, scored = _scored(recipe, scores, console, track, clock)
         parameters = cut.facts["parameters_before"] if cut else size(start.loaded.model).parameters
-        joined = scored if recipe.prune.allocation == "joint" else None
-        if joined and joint.wanted(recipe, parameters) < size(start.loaded.model).parameters:
+        scores_found = scored.scores if scored else {}
+        bought: dict[str, Any] = {}
+        together = recipe.prune.allocation == "joint"
+        if together and (wanted := joint.limits(recipe, start, cut)):
             with clock.stage("price"):
                 plan, bought = joint.planned(
-                    recipe, start, joined, parameters, console=console, track=track
+                    recipe, start, scores_found, wanted, parameters, console=console, track=track
                 )
             console.print(report.budget_line(bought))
         else:
-            plan, bought = planned(recipe, start, scored.scores if scored else {}, parameters), {}
+            plan = planned(recipe, start, scores_found, parameters)
         used = {"calibration": blocks.tokens.numel()}
         facts = begun(line, recipe, start.loaded, parameters, start.domain, used, clock)
         facts |= {
@@ -111,6 +111,7 @@ def prune(
             "scores": scored and scored.facts(),
             "stability": _stability(recipe, plan, scored) if scored and not bought else {},
             **({"joint": bought} if bought else {}),
+            **({"layers_gone": plan.layers_gone} if plan.layers_gone else {}),
             **({"vocabulary": cut.facts} if cut else {}),
         }
         if run is None:
@@ -124,14 +125,20 @@ def prune(
         lessons = left and _lessons(recipe, start, left, facts, console, track, clock)
         if lessons and scored and recipe.prune.method == "lasso":
             plan = drawn_to_zero(run, recipe, lessons, scored, plan, facts, clock)
+        groups, keep = plan.groups, plan.keep
         with clock.stage("refit and remove"):
-            facts["refit"] = refitted(recipe, start, blocks, plan, facts, left, track)
+            if plan.only_units:
+                facts["refit"] = removal.refitted(recipe, start, blocks, plan, facts, left, track)
+            else:
+                groups, keep, original_config, facts["refit"] = removal.without_parts(
+                    recipe, start, blocks, plan, left, track
+                )
         if lessons and recipe.recover.tokens:
             with clock.stage("recover"):
                 facts["recover"] = training.recover(lessons)
         rows = outcome.finished(
             run, place, recipe, start, before, facts, original_config=original_config,
-            groups=plan.groups, keep=plan.keep, track=track, clock=clock, trimmed=cut,
+            groups=groups, keep=keep, track=track, clock=clock, trimmed=cut,
         )  # fmt: skip
         if scored:
             shutil.copyfile(scored.path, run / "scores.safetensors")
@@ -195,7 +202,11 @@ def default_folder(recipe: Recipe) -> Path:
     """runs/MODEL-DOMAIN-SIZE, from the last part of each name."""
     by_kind = recipe.prune.sparsity_by_kind
     if by_kind is None:
-        wanted = str(recipe.prune.target_params)
+        named = recipe.prune.targets.items()
+        wanted = "-".join(
+            str(value) if name == "target_params" else f"{name.removeprefix('target_')}-{value}"
+            for name, value in named
+        )
     elif list(by_kind) == ["neurons"]:
         wanted = f"{by_kind['neurons']:g}"
     else:
@@ -269,8 +280,10 @@ def _planned(recipe: Recipe, start: Inputs, scores: Scores, whole: int) -> Plan:
             allocation=p.by_score,
             multiple=p.multiple,
         )
-    assert p.target_params is not None
-    target = recipes.target(p.target_params, whole)
+    entry = next(model.parameters()).element_size()
+    target = p.parameters_wanted(whole, entry)
+    if target is None:  # nothing but the vocabulary had to go
+        return priced(model, start.all_groups, keep_all(start.all_groups))
     if not p.chosen_kinds or target >= size(model).parameters < whole:
         return priced(model, start.all_groups, trimming.check_reached(
             model, start.all_groups, target))  # fmt: skip
@@ -349,45 +362,3 @@ def drawn_to_zero(
     found = {when + name: n for when, per in norms.items() for name, n in per.items()}
     save_file(found, run / "norms.safetensors")
     return chosen
-
-
-def refitted(
-    recipe: Recipe, start: Inputs, blocks: Blocks, plan: Plan, told: Mapping[str, Any],
-    left: Work | None, track: Track,
-) -> dict[str, Any]:  # fmt: skip
-    """Repair what is left, and remove the rest; what is told of it. `told` is the manifest."""
-    model = start.loaded.model
-    if left and (held := left.part("refitted")):
-        remove(model, plan.groups, plan.keep)
-        work.fill(model, held[0])
-        return held[1]
-    facts: dict[str, Any] = {}
-    if all(bool(keep.all()) for keep in plan.keep.values()):
-        facts = {"mode": "not needed: no unit was removed"}
-    elif told.get("lasso", {}).get("removed_by_score") == 0:
-        remove(model, plan.groups, plan.keep)
-        facts = {"mode": "not needed: only units of zeros were removed"}
-    elif recipe.prune.refit == "none":
-        remove(model, plan.groups, plan.keep)
-    else:
-        fitted = refit_and_remove(
-            model,
-            plan.groups,
-            plan.keep,
-            blocks.batches(recipe.blocks.batch_size),
-            damping=recipe.prune.damping,
-            sequential=recipe.prune.refit == "sequential",
-            dtype=torch.bfloat16 if start.bf16 else None,
-            track=track,
-        )
-        errors = list(fitted.errors.values()) or [0.0]
-        facts = {
-            "mode": recipe.prune.refit,
-            "tokens": fitted.tokens,
-            "damping": fitted.damping,
-            "mean_error": sum(errors) / len(errors),
-            "largest_error": max(errors),
-        }
-    if left:
-        left.finish("refitted", work.weights(model), facts)
-    return facts

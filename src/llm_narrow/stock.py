@@ -14,6 +14,8 @@ def uniform_config(original: Any, groups: Sequence[Group], whole: Keep, keep: Ke
     sizes: dict[str, int] = {}
     for g in groups:
         left = int(keep[g.name].sum())
+        if not left:  # a half of a layer is gone
+            return None
         if g.config is None:
             if left < len(whole[g.name]):
                 return None

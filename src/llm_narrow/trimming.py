@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from . import inputs, vocabulary, vocabulary_rows
-from . import recipe as recipes
 from .blocks import Blocks
 from .cost import positions, size
 from .errors import BadInput, TargetOutOfReach
@@ -58,8 +57,8 @@ def trimmed(start: Inputs, recipe: Recipe, *, track: Track) -> tuple[Inputs, Tri
     closed = vocabulary.closure(old, used, named=vocabulary_rows.named_ids(model))
     row = vocabulary_rows.parameters_of_a_row(model)
     least = 0
-    if p.target_params is not None:
-        target = recipes.target(p.target_params, whole)
+    entry = next(model.parameters()).element_size()
+    if (target := p.parameters_wanted(whole, entry)) is not None:
         least = min(rows, (target - (whole - row * rows)) // row) // MULTIPLE * MULTIPLE
     keep = vocabulary.filled(old, closed, counted, multiple=MULTIPLE, least=least)
     # A model may have more rows than its tokenizer has ids.
