@@ -23,7 +23,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from folders import write_model
-from llm_narrow import checkpoint, from_gguf, gguf_check, models, to_gguf, units
+from llm_narrow import checkpoint, depth, from_gguf, gguf_check, models, to_gguf, units
 from llm_narrow.errors import BadInput, UnknownName
 from llm_narrow.families import find_groups
 from llm_narrow.verify import NotVerified
@@ -154,6 +154,29 @@ def test_unevenly_narrowed(tmp_path, kind, changes):
     assert field(found.file, "deci.feed_forward_length") == kept["mlp"]
     assert field(found.file, "deci.attention.head_count_kv") == kept["self_attn"]
     assert field(found.file, "deci.attention.head_count") == [2 * n for n in kept["self_attn"]]
+
+
+@pytest.mark.parametrize("first", [{"attention": 0, "mlp": 2}, {"attention": 1, "mlp": 0}])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_halves_of_layers_that_are_gone(tmp_path, kind, first):
+    whole = write_model(tmp_path / "whole", kind, num_hidden_layers=3)
+    model = AutoModelForCausalLM.from_pretrained(whole)
+    original, groups = copy.deepcopy(model.config), find_groups(model)
+    layers = depth.layers_of(model, groups)
+    gone = {g.name for half, n in first.items() for g in layers[n].half(half)}
+    keep = {g.name: torch.full((g.size,), g.name not in gone) for g in groups}
+    depth.take_out(model, groups, keep)
+    folder, tokenizer = tmp_path / "narrow", AutoTokenizer.from_pretrained(whole)
+    folder.mkdir()
+    checkpoint.write(model, tokenizer, folder, original_config=original, groups=groups, keep=keep)
+    found = to_gguf.export(folder, tmp_path / "m.gguf", quantize="f32")
+    holds(found)
+    names = {t.name for t in GGUFReader(found.file).tensors}
+    # llama.cpp needs a head in the first layer: it is one of zeros.
+    assert ("blk.1.attn_q.weight" in names) == (first["attention"] != 1)
+    heads = field(found.file, "deci.attention.head_count_kv")
+    assert heads[first["attention"]] == (1 if first["attention"] == 0 else 0)
+    assert field(found.file, "deci.feed_forward_length")[first["mlp"]] == to_gguf.ZEROS
 
 
 def test_a_run_folder_will_do_and_another_reader_finds_the_same_weights(tmp_path, own):

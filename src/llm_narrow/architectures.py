@@ -11,7 +11,8 @@ from typing import Any
 import transformers
 
 from .families import find_groups, refused_kinds
-from .to_gguf import ARCHITECTURES, PER_LAYER
+from .gguf_config import ARCHITECTURES
+from .to_gguf import PER_LAYER
 from .units import KINDS, Kind
 
 TITLE = "# Architectures\n"

@@ -5,9 +5,7 @@ that computes what llama does and takes its widths layer by layer. What llama.cp
 then compute otherwise (another activation, a sliding window) is refused here, by name.
 """
 
-import json
 import os
-import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,15 +17,13 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, MODEL_ARCH, GGMLQuantizationType, GGUFWriter, LlamaFileType
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig
 
 from . import gguf_check
 from .cache import no_space
-from .checkpoint import layout
 from .errors import BadInput, UnknownName, problems
+from .gguf_config import ARCHITECTURES, PAIRED, config_of, head_size, rope_factors
 from .models import COMPUTED
 from .progress import Track, silent
 from .verify import weight_files
@@ -40,19 +36,9 @@ QUANTIZATIONS = {
     "q8_0": (Q8_0, LlamaFileType.MOSTLY_Q8_0),
     "q4_0": (Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
-# Mistral, and granite with its multipliers at 1, compute what llama does.
-ARCHITECTURES = {
-    "llama": MODEL_ARCH.LLAMA,
-    "mistral": MODEL_ARCH.LLAMA,
-    "granite": MODEL_ARCH.LLAMA,
-    "qwen2": MODEL_ARCH.QWEN2,
-    "qwen3": MODEL_ARCH.QWEN3,
-    "gpt_neox": MODEL_ARCH.GPTNEOX,
-}
+ZEROS = 32  # neurons that an MLP gets that has none: a block of quantised numbers
 PER_LAYER = ("llama", "mistral", "granite", "qwen2")  # whose layers `deci` can express
-PAIRED = (MODEL_ARCH.LLAMA, MODEL_ARCH.DECI)  # rotary pairs side by side, not half a head apart
 FILLED = (MODEL_ARCH.QWEN2, MODEL_ARCH.GPTNEOX)  # heads times their size is the hidden size
-GELU = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # all of them one there
 EMBEDDING, OUTPUT, FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 Weights = Mapping[str, Any]  # name of a tensor -> the opened file that holds it
 
@@ -111,13 +97,13 @@ def export(
     if not (folder / "config.json").exists() and (folder / "model").is_dir():
         folder = folder / "model"  # a run keeps its model there
     kind, file_type = QUANTIZATIONS[quantize]
-    config = _config(folder)
+    config = config_of(folder)
     words = gguf_check.read_tokenizer(folder)
     with ExitStack() as opened:
         weights = _opened(folder, opened)
         widths = _widths(folder, config, weights)
         arch = _arch(folder, config, widths)
-        stored = _plan(folder, config, weights, arch, kind)
+        stored = _plan(folder, config, weights, arch, kind, widths)
         with _written_whole(out, force) as fresh:
             writer = GGUFWriter(fresh, gguf.MODEL_ARCH_NAMES[arch])
             _describe(writer, folder, config, widths, arch != MODEL_ARCH.DECI)
@@ -134,60 +120,6 @@ def export(
         notes=words.notes,
         check=found,
     )
-
-
-def _config(folder: Path) -> Any:
-    """The config of what the folder computes. Raises BadInput for what llama.cpp would not."""
-    uneven = layout(folder) == "uneven"
-    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    try:
-        if uneven:
-            fields["model_type"] = fields["narrow"]["of"]
-        kind = str(fields["model_type"])
-        if kind not in ARCHITECTURES:
-            raise BadInput(
-                f"{folder}: model type {kind!r} cannot be written as GGUF yet. "
-                f"Known: {', '.join(sorted(ARCHITECTURES))}."
-            )
-        config = AutoConfig.for_model(**fields)
-    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
-        reason = textwrap.shorten(str(error), 200, placeholder=" …")
-        raise BadInput(f"{folder}/config.json is damaged: {reason}") from error
-    if found := _strange(config):
-        raise problems(f"{folder} would be computed otherwise by llama.cpp", found)
-    return config
-
-
-def _strange(c: Any) -> list[str]:
-    """What in the config llama.cpp has no way of computing, or computes without being told."""
-    found, neox = [], c.model_type == "gpt_neox"
-    known = GELU if neox else ("silu", "swish")
-    if c.hidden_act not in known:
-        found.append(f"hidden_act is {c.hidden_act!r}; it has to be {known[0]!r}")
-    window = getattr(c, "sliding_window", None)
-    if window and getattr(c, "use_sliding_window", True) and window < c.max_position_embeddings:
-        found.append(f"sliding_window is {window}; it has to be null: attention to all tokens")
-    rope = c.rope_parameters
-    scaled = rope.get("rope_type", "default")
-    allowed = ("default", "llama3") if ARCHITECTURES[c.model_type] in PAIRED else ("default",)
-    if scaled not in allowed:
-        found.append(f"rope_type is {scaled!r}; it has to be {' or '.join(map(repr, allowed))}")
-    if not neox and rope.get("partial_rotary_factor", 1) != 1:
-        found.append("partial_rotary_factor has to be 1: whole heads are rotated")
-    if c.model_type == "qwen3" and c.attention_bias:
-        found.append("attention_bias has to be false")
-    if c.model_type == "granite":
-        neutral = {"embedding_multiplier": 1, "residual_multiplier": 1, "logits_scaling": 1}
-        for key, value in {**neutral, "attention_multiplier": _head(c) ** -0.5}.items():
-            if abs(getattr(c, key) - value) > 1e-6:
-                found.append(f"{key} is {getattr(c, key)}; it has to be {value:g}, as in llama")
-    return found
-
-
-def _head(config: Any) -> int:
-    """How many dimensions a head has."""
-    own = None if config.model_type == "gpt_neox" else getattr(config, "head_dim", None)
-    return int(own or config.hidden_size // config.num_attention_heads)
 
 
 def _opened(folder: Path, opened: ExitStack) -> Weights:
@@ -215,7 +147,7 @@ def _shape(weights: Weights, name: str) -> tuple[int, ...]:
 
 def _widths(folder: Path, config: Any, weights: Weights) -> list[Width]:
     """The width of each layer, as its weights have it."""
-    d, parts = _head(config), ["self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj"]
+    d, parts = head_size(config), ["self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj"]
     layers, found = "model.layers", []
     if config.model_type == "gpt_neox":
         d, parts = 3 * d, [*["attention.query_key_value"] * 2, "mlp.dense_h_to_4h"]
@@ -223,7 +155,10 @@ def _widths(folder: Path, config: Any, weights: Weights) -> list[Width]:
     try:
         for i in range(config.num_hidden_layers):
             q, k, n = (_shape(weights, f"{layers}.{i}.{part}.weight")[0] for part in parts)
-            found.append(Width(q // d, k // d, n))
+            # llama.cpp takes the size of a head from the first layer, which so has to have one.
+            # What it does without an MLP is left open by neurons of zeros.
+            first = i == 0 and not q
+            found.append(Width(q // d or int(first), k // d or int(first), n or ZEROS))
     except KeyError as error:
         raise BadInput(
             f"{folder}: {error.args[0]} is missing, which config.json asks for. "
@@ -235,7 +170,7 @@ def _widths(folder: Path, config: Any, weights: Weights) -> list[Width]:
 def _arch(folder: Path, config: Any, widths: list[Width]) -> MODEL_ARCH:
     """The architecture of llama.cpp that has a place for these widths."""
     arch = ARCHITECTURES[config.model_type]
-    whole = arch not in FILLED or widths[0].heads * _head(config) == config.hidden_size
+    whole = arch not in FILLED or widths[0].heads * head_size(config) == config.hidden_size
     if len(set(widths)) == 1 and whole:
         return arch
     if config.model_type in PER_LAYER:
@@ -248,9 +183,11 @@ def _arch(folder: Path, config: Any, widths: list[Width]) -> MODEL_ARCH:
 
 
 def _plan(
-    folder: Path, config: Any, weights: Weights, arch: MODEL_ARCH, kind: GGMLQuantizationType
-) -> dict[str, Stored]:
+    folder: Path, config: Any, weights: Weights, arch: MODEL_ARCH, kind: GGMLQuantizationType,
+    widths: list[Width],
+) -> dict[str, Stored]:  # fmt: skip
     """Every tensor of the file, in its order. Raises BadInput if some are missing or unknown."""
+    without = [f"blk.{i}.attn_" for i, w in enumerate(widths) if not w.heads]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     plan: dict[str, Stored] = {}
     wrong = []
@@ -261,10 +198,18 @@ def _plan(
         if target is None:
             wrong.append(f"{name} has no place in a GGUF file of {gguf.MODEL_ARCH_NAMES[arch]}")
             continue
-        shape, change = _shape(weights, name), _change(name, arch, _head(config))
-        plan[target] = Stored(partial(_read, file, name, change), shape, _kind(target, shape, kind))
+        shape, change = _shape(weights, name), _change(name, arch, head_size(config))
+        read = partial(_read, file, name, change)
+        if target.startswith(tuple(without)):
+            continue
+        if 0 in shape:  # of a half of a layer that is gone: zeros, which add nothing
+            width = head_size(config) if ".self_attn." in name else ZEROS
+            shape = tuple(n or width for n in shape)
+            read = partial(torch.zeros, shape)
+        plan[target] = Stored(read, shape, _kind(target, shape, kind))
     parts = {name.split(".", 2)[2] for name in plan if name.startswith("blk.")}
     asked = [f"blk.{i}.{part}" for i in range(config.num_hidden_layers) for part in sorted(parts)]
+    asked = [name for name in asked if not name.startswith(tuple(without))]
     asked += [EMBEDDING, "output_norm.weight", *([] if config.tie_word_embeddings else [OUTPUT])]
     wrong += [f"{name} (of the GGUF file) is missing" for name in asked if name not in plan]
     if wrong:
@@ -278,7 +223,7 @@ def _plan(
             )
         if arch == MODEL_ARCH.GPTNEOX:  # which llama.cpp does not tie
             plan[OUTPUT] = plan[EMBEDDING]
-    if len(factors := _rope_factors(config)):
+    if len(factors := rope_factors(config)):
         plan[FACTORS] = Stored(lambda: factors, tuple(factors.shape), F32)
     return plan
 
@@ -306,25 +251,9 @@ def _read(file: Any, name: str, change: Callable[[Tensor], Tensor] | None) -> Te
     return change(tensor) if change else tensor
 
 
-def _rope_factors(config: Any) -> Tensor:
-    """By what llama.cpp divides the rotary frequencies of a head, (d / 2,); empty where by none.
-
-    Llama 3.1's rule: wavelengths that fit `high` times into the original context stay, those that
-    fit `low` times are stretched by `factor`, those between by what lies between.
-    """
-    rope, d = config.rope_parameters, _head(config)
-    if rope.get("rope_type", "default") == "default":
-        return torch.empty(0)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    powers: Tensor = rope["rope_theta"] ** (torch.arange(0, d, 2).double() / d)
-    fits = rope["original_max_position_embeddings"] / (2 * torch.pi * powers)
-    stay: Tensor = ((fits - low) / (high - low)).clamp(0, 1)
-    return torch.reciprocal(stay + (1 - stay) / rope["factor"]).float()
-
-
 def _describe(writer: Any, folder: Path, config: Any, widths: list[Width], even: bool) -> None:
     """Add what the file says of the model, besides its tokenizer."""
-    d = _head(config)
+    d = head_size(config)
     writer.add_name(folder.parent.name if folder.name == "model" else folder.name)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
