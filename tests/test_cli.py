@@ -1,5 +1,6 @@
 """The command line itself: every flag counts, the documents are right, and starting is quick."""
 
+import importlib
 import shlex
 import subprocess
 import sys
@@ -21,6 +22,7 @@ CHANGED = {
     "--length": "64", "--batch-size": "3", "--criterion": "fisher", "--calibration-tokens": "4096",
     "--sparsity": "0.3", "--target-params": "60%", "--kinds": "heads", "--allocation": "global",
     "--target-size": "2MB", "--target-flops": "60%", "--target-kv-cache": "50%",
+    "--query-heads": "2",
     "--layout": "padded", "--forget": "other", "--forget-weight": "2", "--multiple": "64",
     "--vocabulary": "domain", "--vocabulary-threshold": "3",
     "--damping": "0.1", "--held-out-tokens": "4096", "--samples": "3",
@@ -53,6 +55,8 @@ def settled(run: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
             caught.append(recipe)
             raise llm_narrow.BadInput("far enough")
 
+        # First, lest it be imported with what is put into `stages` here, and keep that.
+        importlib.import_module("llm_narrow.recovery")
         for place in ("stages.prune", "stages.score", "benchmark.bench", "recovery.recover"):
             monkeypatch.setattr(f"llm_narrow.{place}", stop)
         done = run(*arguments)
@@ -83,14 +87,16 @@ def test_no_flag_of_prune_is_dead(settled: Any) -> None:
 # Command -> what it calls, with names that the tests cannot load; prune, score and bench are read.
 CALLED = {
     "certify": "certificate.certify", "compare": "compare_runs.compare", "export": "to_gguf.export",
-    "gate": "gate.gate", "prices": "pricing.prices", "relearn": "relearn.relearn",
+    "explain": "explain.explain", "gate": "gate.gate", "prices": "pricing.prices",
+    "relearn": "relearn.relearn",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "document",
     ["README.md", *(f"docs/{name}.md" for name in ("recipes", "tasks", "export", "relearn",
-                    "certificate", "matrix", "vocabulary", "forget", "compare", "prices"))],
+                    "certificate", "matrix", "vocabulary", "forget", "compare", "prices",
+                    "explain"))],
 )  # fmt: skip
 def test_the_commands_of_the_documents_parse(
     document: str, settled: Any, run: Any, monkeypatch: pytest.MonkeyPatch

@@ -91,7 +91,8 @@ def test_what_was_cut_short_goes_on_to_the_same_weights(
         assert prune(*asked).code == 130
     # The refit is not done again.
     monkeypatch.setattr("llm_narrow.decision.refit_and_remove", None)
-    assert run("resume", tmp_path / "run").code == 0
+    done = run("resume", tmp_path / "run")
+    assert done.code == 0, done.err
     first, second = (
         load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "run")
     )

@@ -135,6 +135,11 @@ def _check(recipe: Recipe) -> None:
             "score.forget must be empty to compare: fresh weights have nothing to forget. Compare "
             "without it; `prune --forget` measures what was forgotten."
         )
+    if recipe.prune.query_heads is not None or recipe.prune.parts:
+        raise BadInput(
+            "compare narrows by units alone: leave prune.query_heads out, and layers, attention "
+            "and mlp out of prune.kinds."
+        )
     if recipe.prune.vocabulary != "whole":
         raise BadInput(
             "prune.vocabulary must be whole to compare: all models of a comparison read the same "

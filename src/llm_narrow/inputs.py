@@ -35,6 +35,7 @@ class Inputs:
     bf16: bool  # whether forward passes run on a bfloat16 copy of the model
     # Where the vocabulary is trimmed: the old id of every row, and how many rows there were.
     vocabulary: tuple[Tensor, int] | None = None
+    thinned: str = ""  # what tells apart models of which query heads went before all else
 
 
 def begin(

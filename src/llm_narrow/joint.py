@@ -27,26 +27,24 @@ from .recipe import Recipe
 from .refit import RefitFacts
 from .sections import target_bytes
 from .spend import spend
-from .trimming import Trimmed
 from .units import Group, Keep, Scores
 
 
-def limits(recipe: Recipe, start: Inputs, cut: Trimmed | None) -> dict[str, float]:
+def amounts(model: Any) -> Amounts:
+    """What the model has of everything that a budget may limit."""
+    layers = layers_of(model)
+    sizes = {g.name: g.size for layer in layers for g in layer.groups}
+    return ledger(model, layers).total(sizes, [True] * len(layers))
+
+
+def limits(recipe: Recipe, model: Any, loaded: Amounts) -> dict[str, float]:
     """How much may be left of what, in the terms of `spend`; nothing where it is reached already.
 
-    Shares are of the model as it was loaded, before its vocabulary was trimmed. Raises
-    TargetOutOfReach for more than the model has.
+    `loaded` is what the model had as it was loaded, with its whole vocabulary and all query heads:
+    shares are of that. Raises TargetOutOfReach for more than it had.
     """
-    model, p = start.loaded.model, recipe.prune
-    layers = layers_of(model)
+    p, now = recipe.prune, amounts(model)
     entry = next(model.parameters()).element_size()
-    now = ledger(model, layers).total(
-        {g.name: g.size for layer in layers for g in layer.groups}, [True] * len(layers)
-    )
-    trimmed = cut.facts["parameters_before"] - cut.facts["parameters"] if cut else 0
-    rows = cut.facts["rows_before"] - cut.facts["rows"] if cut else 0
-    width = model.get_output_embeddings().weight.shape[1]  # a row of the head is one product
-    loaded = now + Amounts(trimmed, 2.0 * rows * width)
     asked: dict[str, tuple[str, float]] = {}
     if (most := p.parameters_wanted(round(loaded.parameters), entry)) is not None:
         name = "target_params" if p.target_params is not None else "target_size"

@@ -179,6 +179,7 @@ def _log_path(start: Inputs, recipe: Recipe, measured: Blocks, fitted: Blocks) -
         "llm_narrow": __version__, "model": start.loaded.sha256, "dtype": recipe.dtype,
         "bf16": start.bf16, "measured": measured.sha256, "fitted": fitted.sha256,
         "batch": recipe.blocks.batch_size, "damping": recipe.prune.damping,
+        **({"thinned": start.thinned} if start.thinned else {}),
     }  # fmt: skip
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     return cache_dir() / "prices" / f"{name}.jsonl"

@@ -128,6 +128,7 @@ FLAGS: dict[str, str] = {
     "target_size": "prune.target_size",
     "target_flops": "prune.target_flops",
     "target_kv_cache": "prune.target_kv_cache",
+    "query_heads": "prune.query_heads",
     "keep_layers": "prune.keep_layers",
     "kinds": "prune.kinds",
     "vocabulary": "prune.vocabulary",

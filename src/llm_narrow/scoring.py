@@ -64,6 +64,7 @@ def made_by(inputs: Inputs, recipe: Recipe, blocks: Blocks) -> dict[str, str]:
         "criterion": recipe.score.criterion,
         "tokens": str(blocks.tokens.numel()),
         "seed": str(recipe.seed),
+        **({"thinned": inputs.thinned} if inputs.thinned else {}),
     }
 
 
@@ -79,6 +80,7 @@ def given(path: Path, inputs: Inputs, recipe: Recipe) -> Scored:
         "model": inputs.loaded.sha256,
         "domain": inputs.domain.sha256["calibration"],
         "criterion": recipe.score.criterion,
+        **({"thinned": inputs.thinned} if inputs.thinned or "thinned" in about else {}),
     }
     found = [
         f"{what} must be {_brief(value)}, which is asked for, got {_brief(about.get(what, 'none'))}"

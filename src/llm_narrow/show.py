@@ -63,6 +63,15 @@ def vocabulary(facts: Mapping[str, Any]) -> str:
     )
 
 
+def query_heads(facts: Mapping[str, Any]) -> str:
+    """How many query heads stay of each key/value head, and what that saves."""
+    saved = facts["parameters_before"] - facts["parameters"]
+    return (
+        f"Query heads: {facts['after']} of {facts['before']} stay with each key/value head, which "
+        f"saves {thousands(saved)} parameters ({saved / facts['parameters_before']:.1%})."
+    )
+
+
 def lasso(facts: Mapping[str, Any]) -> RenderableType:
     """What the lasso left, and where the units that go come from."""
     lines = [

@@ -18,20 +18,18 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from . import (
-    contrast,
+    beginning,
     forecast,
     inputs,
     joint,
     outcome,
     removal,
     report,
-    scoring,
     show,
     training,
     trimming,
     work,
 )
-from .blocks import Blocks
 from .cost import size
 from .errors import BadInput
 from .inputs import Inputs, begin
@@ -40,9 +38,8 @@ from .plan import Plan, by_parameters, by_sparsity, of_zeros, priced, select
 from .progress import Track
 from .recipe import Recipe
 from .rows import Row
-from .scores import memory_estimate, overlap
+from .scores import overlap
 from .scoring import Scored
-from .trimming import Trimmed
 from .units import Scores, keep_all
 from .work import Job, Work
 
@@ -91,12 +88,13 @@ def prune(
         nullcontext() if dry_run else outcome.run_folder(place, force=force) as run,
         unfinished(place, job, recipe, console, wanted=not dry_run, force=force) as left,
     ):
-        start, cut, blocks, scored = _scored(recipe, scores, console, track, clock)
-        parameters = cut.facts["parameters_before"] if cut else size(start.loaded.model).parameters
+        found = beginning.begun(recipe, scores, console, track, clock, left)
+        start, cut, blocks, scored = found.start, found.cut, found.blocks, found.scored
+        parameters = found.parameters
         scores_found = scored.scores if scored else {}
         bought: dict[str, Any] = {}
-        together = recipe.prune.allocation == "joint"
-        if together and (wanted := joint.limits(recipe, start, cut)):
+        loaded = found.loaded
+        if loaded and (wanted := joint.limits(recipe, start.loaded.model, loaded)):
             with clock.stage("price"):
                 plan, bought = joint.planned(
                     recipe, start, scores_found, wanted, parameters, console=console, track=track
@@ -113,13 +111,14 @@ def prune(
             **({"joint": bought} if bought else {}),
             **({"layers_gone": plan.layers_gone} if plan.layers_gone else {}),
             **({"vocabulary": cut.facts} if cut else {}),
+            **({"query_heads": found.thin} if found.thin else {}),
         }
         if run is None:
             facts["forecast"] = [asdict(p) for p in forecast.forecast(recipe, start, plan, blocks)]
             model, tokenizer = start.loaded.model, start.loaded.tokenizer
             return Pruned(model, tokenizer, None, (), plan, facts)
         console.print(show.plan(plan, facts["stability"]))
-        whole = cut is not None  # which is no more in memory
+        whole = bool(cut or found.thin)  # which is no more in memory
         before = outcome.measured_before(recipe, start, facts, track, clock, trimmed=whole)
         original_config = copy.deepcopy(start.loaded.model.config)
         lessons = left and _lessons(recipe, start, left, facts, console, track, clock)
@@ -185,7 +184,7 @@ def score(
     place = Path(out)
     if place.exists() and (place.is_dir() or not force):
         raise BadInput(f"{place} exists already. Choose another file, or replace it with --force.")
-    *_, scored = _scored(recipe, None, console, track, Clock())
+    scored = beginning.begun(recipe, None, console, track, Clock(), None).scored
     if scored is None:
         raise BadInput("No kind of unit is asked for: there is nothing to score. Give --kinds.")
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -215,47 +214,6 @@ def default_folder(recipe: Recipe) -> Path:
     text = "-".join([names[0].removesuffix(".gguf"), names[1], wanted.replace("%", "-percent")])
     text += "-lasso" * (recipe.prune.method == "lasso") + "-recovered" * (recipe.recover.tokens > 0)
     return Path("runs") / re.sub(r"[^\w.-]+", "-", text)
-
-
-def _scored(
-    recipe: Recipe, file: Path | str | None, console: Console, track: Track, clock: Clock
-) -> tuple[Inputs, Trimmed | None, Blocks, Scored | None]:
-    """What a run begins from; no scores where nothing but the vocabulary may go."""
-    with clock.stage("load"):
-        start = inputs.gather(recipe, track=track)
-    cut = None
-    if recipe.prune.vocabulary == "domain":
-        with clock.stage("trim the vocabulary"):
-            start, cut = trimming.trimmed(start, recipe, track=track)
-        console.print(show.vocabulary(cut.facts))
-    with clock.stage("load"):
-        blocks = inputs.calibration(start, recipe, track=track)
-    if not start.groups:
-        return start, cut, blocks, None
-    if file is not None:
-        scored = scoring.given(Path(file), start, recipe)
-        if recipe.score.forget and "forget" not in scored.made_by:
-            scored = contrast.contrasted(start, recipe, scored, track=track)
-        return start, cut, blocks, scored
-    peak = memory_estimate(
-        start.loaded.model,
-        start.groups,
-        batch_size=recipe.blocks.batch_size,
-        length=recipe.blocks.length,
-        criterion=recipe.score.criterion,
-    )
-    console.print(
-        f"Scoring {sum(g.size for g in start.groups):,} units by {recipe.score.criterion} on "
-        f"{blocks.tokens.numel():,} tokens{' in bfloat16' if start.bf16 else ''}; "
-        f"about {report.size(peak)} of memory at the peak."
-    )
-    with clock.stage("score"):
-        scored = scoring.made(start, recipe, blocks, track=track)
-        if recipe.score.forget:
-            scored = contrast.contrasted(start, recipe, scored, track=track)
-    if scored.reused:
-        console.print(f"The scores were made before, in {scored.made_by['seconds']} s; used again.")
-    return start, cut, blocks, scored
 
 
 def planned(

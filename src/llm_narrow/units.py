@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
@@ -59,7 +60,7 @@ class Group:
     size: int
     writes: tuple[Slice, ...]
     reads: tuple[Slice, ...]
-    sizes: tuple[tuple[str, int], ...] = ()
+    sizes: tuple[tuple[str, int | Fraction], ...] = ()
     config: tuple[tuple[str, int], ...] | None = None
     added: bool = True
     least: int = 0
@@ -153,7 +154,7 @@ def remove(model: nn.Module, groups: Sequence[Group], keep: Keep) -> None:
     for g in groups:
         left = int(keep[g.name].sum())
         for path, per_unit in g.sizes if left < g.size else ():
-            _set_size(model, path, per_unit * left)
+            _set_size(model, path, int(per_unit * left))
     tie: Any = getattr(model, "tie_weights", None)
     if tie is not None:
         tie()
