@@ -269,6 +269,19 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         page.write([run], tmp_path / "file")
 
 
+def test_a_folder_of_runs_is_all_of_them(tmp_path: Path, run: Any) -> None:
+    (tmp_path / "all").mkdir()
+    for method in ("oneshot", "scratch"):
+        write_compared(tmp_path / "all" / method, method, "50%", 0, loss=2.5)
+    done = run("report", tmp_path / "all", "--json")
+    assert done.code == 0, done.err
+    assert "Reporting 2 runs" in done.err
+    text = (tmp_path / "all" / "report.md").read_text(encoding="utf-8")
+    assert "| oneshot | 50% | 0 |" in text and "| scratch | 50% | 0 |" in text
+    (tmp_path / "none").mkdir()
+    assert run("report", tmp_path / "none").code == 2
+
+
 def test_two_hundred_runs_take_seconds(tmp_path: Path) -> None:
     """Processor time, since the machine may have other work; 5 s and 3 MB are promised."""
     curve = write_compared(tmp_path / "curve", "m", "50%", 0, loss=2.5, steps=1000) / "train.jsonl"

@@ -92,9 +92,9 @@ def _told(given: Given) -> dict[str, Any]:
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders: one, or several to compare.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of them, such as a comparison.")],
     out: Annotated[
-        Path | None, typer.Option(help="The folder to write to; that of a single run.")
+        Path | None, typer.Option(help="The folder to write to; that of a single run or comparison.")
     ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse runs that are missing or half-written.")

@@ -201,7 +201,7 @@ def draw(run: Path, console: Console) -> None:
 def reported(
     runs: Sequence[Path], out: Path | None, *, strict: bool, console: Console
 ) -> "Written":
-    """The report of run folders, as `llm-narrow report` writes it.
+    """The report of run folders, as `llm-narrow report` writes it; of folders of such, of all.
 
     Raises BadInput where what draws it is not installed, and what `page.write` raises.
     """
@@ -209,10 +209,12 @@ def reported(
         raise BadInput("A report of several runs needs a folder of its own: give --out.")
     if any(find_spec(name) is None for name in DRAWING):
         raise BadInput("Reports are drawn with more packages: pip install 'llm-narrow[report]'.")
+    from .compare_runs import runs_of
     from .page import write
 
-    console.print(f"Reporting {len(runs)} run{'s' * (len(runs) > 1)}")
-    return write(list(runs), out or runs[0], strict=strict)
+    found = [run for folder in runs for run in runs_of(folder)]
+    console.print(f"Reporting {len(found)} run{'s' * (len(found) > 1)}")
+    return write(found, out or runs[0], strict=strict)
 
 
 def take_training(run: Path, folder: Path) -> None:
