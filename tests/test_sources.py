@@ -178,7 +178,8 @@ def load_apart(env: dict[str, str], *asked: tuple[str, dict[str, Any]]) -> list[
 
 def test_hub_data_sets(tmp_path: Path) -> None:
     root = tmp_path / "root" / "datasets"
-    for name in ("codeparrot/codeparrot-clean", "me/broken", "me/closed", "me/empty"):
+    for name in ("codeparrot/codeparrot-clean", "me/broken", "me/closed", "me/empty",
+                 "me/two"):  # fmt: skip
         (root / name).mkdir(parents=True)
     rows = [
         {"repo_name": f"r/{i % 20}", "path": f"x{i}.py", "content": python_file(i)}
@@ -191,11 +192,20 @@ def test_hub_data_sets(tmp_path: Path) -> None:
     (root / "me" / "closed" / ".gated").touch()
     (root / "me" / "broken" / "data.jsonl").write_text('{"text": "a"}\n{broken\n')
     (root / "me" / "empty" / "README.md").write_text("nothing yet")
+    for number, part in enumerate(("first", "second")):
+        own = [{"text": python_file(100 * number + i)} for i in range(1, 41)]
+        write_rows(root / "me" / "two" / f"{part}.jsonl", own)
+    (root / "me" / "two" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: first\n  data_files: first.jsonl\n"
+        "- config_name: second\n  data_files: second.jsonl\n---\n"
+    )
     name = "codeparrot/codeparrot-clean"
     with hub.serve(root.parent) as url:
         env = hub.client_env(url, tmp_path / "home")
-        whole, few, columns, *errors = load_apart(
+        second, unsaid, whole, few, columns, *errors = load_apart(
             env,
+            ("me/two:second", {}),
+            ("me/two", {}),
             ("python-github", {}),
             (name, {"text_column": "content", "max_documents": 30}),
             (name, {"text_column": "code", "project_column": "repo"}),
@@ -204,6 +214,9 @@ def test_hub_data_sets(tmp_path: Path) -> None:
             ("me/empty", {}),
             ("me/nothing", {}),
         )
+    assert second["texts"] == sorted(python_file(100 + i) for i in range(1, 41))
+    told = "'me/two' has several configurations: first, second. Name one, as me/two:first."
+    assert unsaid == {"error": "BadInput", "told": f"Data set {told}"}
     assert whole["texts"] == sorted(r["content"] for i, r in enumerate(rows) if i not in (3, 4))
     assert whole["dropped"] == {"does not parse": 1, "test": 1}
     assert whole["projects"] == sorted(f"r/{i}" for i in range(20))

@@ -92,9 +92,11 @@ def _told(given: Given) -> dict[str, Any]:
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of them, such as a comparison.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run folders, or folders of them, such as a comparison.")
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="The folder to write to; that of a single run or comparison.")
+        Path | None, typer.Option(help="Where to; the folder of a single run or comparison.")
     ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse runs that are missing or half-written.")

@@ -156,7 +156,7 @@ def _find(name: str, asked: Asked) -> tuple[Source, Asked]:
     ending = path.suffix.removeprefix(".")
     if path.is_absolute() or name.startswith((".", "~")) or ending in (*sources.ROWS, "gz"):
         raise BadInput(f"There is no folder or file {name}. Check the path, or give a hub id.")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    if sources.HUB_NAME.fullmatch(name):
         _refuse(f"the hub data set {name}", asked, {"glob"})
         return sources.hub(name, asked), asked
     hint = "A folder, a .jsonl, .json, .csv, .parquet or .txt file, or a hub id also does."

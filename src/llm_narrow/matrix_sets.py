@@ -293,9 +293,8 @@ def load(name: str, *, track: Track = silent) -> Set:
     if path.is_file():
         rows = [(f"line {n}", row) for n, row in _lines(path.read_bytes(), name)]
     elif path.is_dir() or "/" in name:
-        repo, _, revision = name.partition("@") if not path.is_dir() else (name, "", "")
         local = "A .jsonl file or a folder with one will do as well."
-        found = streamed(repo, "test", revision=revision or None, local=local)
+        found = streamed(name, "test", local=local)
         rows = [(f"row {n}", row) for n, row in enumerate(found, 1)]
     else:
         known = ["all", "domain", *GROUPS, *SETS]

@@ -345,19 +345,23 @@ def hub(name: str, asked: Asked, *, python: bool = False) -> Source:
     return Source(f"hub data set {name}, first {most:,} rows", f"hub {name} {most}", read, python)
 
 
-def streamed(
-    name: str, split: str, *, local: str, revision: str | None = None
-) -> Iterator[Row]:
+HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w.-]+))?(?:@([\w./-]+))?")
+
+
+def streamed(name: str, split: str, *, local: str) -> Iterator[Row]:
     """The rows of a data set of the hub or in a folder, of the split if it has it, else the first.
 
-    Raises BadInput and Unreachable, which end with `local`, the ways that need no hub.
+    `name` is a folder or ORG/NAME, ORG/NAME:CONFIG, ORG/NAME@REVISION or all of it. Raises BadInput
+    and Unreachable, which end with `local`, the ways that need no hub.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
+    found = None if Path(name).is_dir() else HUB_NAME.fullmatch(name)
+    repo, config, revision = found.groups() if found else (name, None, None)
     try:
-        splits = load_dataset(name, revision=revision, streaming=True)
+        splits = load_dataset(repo, config, revision=revision, streaming=True)
         yield from splits[split if split in splits else next(iter(splits))]
     except FileNotFoundError as error:
         told = f"There is no open data set {name!r}: {first_line(error)} {local}"
@@ -366,4 +370,10 @@ def streamed(
         told = f"Data set {name!r} cannot be reached now: {first_line(error)} {local}"
         raise Unreachable(told) from error
     except (ValueError, DatasetsError) as error:
+        if str(error).startswith("Config name is missing"):
+            names = re.findall(r"'([^']+)'", str(error).partition("[")[2].partition("]")[0])
+            raise BadInput(
+                f"Data set {name!r} has several configurations: {', '.join(names)}. "
+                f"Name one, as {repo}:{names[0] if names else 'CONFIG'}."
+            ) from error
         raise BadInput(f"Data set {name!r} cannot be read: {first_line(error)} {local}") from error

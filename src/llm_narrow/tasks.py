@@ -240,9 +240,8 @@ def _stated(rows: Iterable[tuple[str, Any]], source: str) -> list[Problem]:
 
 def _data_set(name: str) -> list[Row]:
     """The rows of a data set in a folder or on the hub: its test split, else its first."""
-    repo, _, revision = name.partition("@") if not Path(name).is_dir() else (name, "", "")
     local = "A .jsonl file or a folder with one will do as well."
-    return list(streamed(repo, "test", revision=revision or None, local=local))
+    return list(streamed(name, "test", local=local))
 
 
 def _problem(row: Any) -> Problem:
