@@ -22,7 +22,7 @@ CHANGED = {
     "--length": "64", "--batch-size": "3", "--criterion": "fisher", "--calibration-tokens": "4096",
     "--sparsity": "0.3", "--target-params": "60%", "--kinds": "heads", "--allocation": "global",
     "--target-size": "2MB", "--target-flops": "60%", "--target-kv-cache": "50%",
-    "--query-heads": "2",
+    "--query-heads": "2", "--channels": "24",
     "--layout": "padded", "--forget": "other", "--forget-weight": "2", "--multiple": "64",
     "--vocabulary": "domain", "--vocabulary-threshold": "3",
     "--damping": "0.1", "--held-out-tokens": "4096", "--samples": "3",

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from . import contrast, inputs, joint, queries, report, scoring, show, trimming
+from . import contrast, inputs, joint, report, scoring, show, thinning, trimming
 from .blocks import Blocks
 from .budget import Amounts
 from .cost import size
@@ -31,7 +31,7 @@ class Begun:
 
     start: Inputs
     cut: Trimmed | None
-    thin: Mapping[str, Any]  # what is told of query heads that went
+    thin: Mapping[str, Mapping[str, Any]]  # what is told of query heads and channels that went
     blocks: Blocks
     scored: Scored | None
     parameters: int
@@ -61,8 +61,16 @@ def begun(
     thin: dict[str, Any] = {}
     if recipe.prune.query_heads is not None:
         with clock.stage("query heads"):
-            start, thin = queries.thinned(start, recipe, blocks, left, track=track)
-        console.print(show.query_heads(thin))
+            start, thin["query_heads"] = thinning.query_heads(
+                start, recipe, blocks, left, track=track
+            )
+        console.print(show.query_heads(thin["query_heads"]))
+    if recipe.prune.channels is not None:
+        with clock.stage("channels"):
+            start, thin["channels"] = thinning.residual_channels(
+                start, recipe, blocks, left, track=track
+            )
+        console.print(show.channels(thin["channels"]))
     scored = None
     if start.groups:
         scored = _scores(recipe, file, start, blocks, console, track, clock)

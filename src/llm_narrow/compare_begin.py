@@ -135,10 +135,11 @@ def _check(recipe: Recipe) -> None:
             "score.forget must be empty to compare: fresh weights have nothing to forget. Compare "
             "without it; `prune --forget` measures what was forgotten."
         )
-    if recipe.prune.query_heads is not None or recipe.prune.parts:
+    p = recipe.prune
+    if p.query_heads is not None or p.channels is not None or p.parts:
         raise BadInput(
-            "compare narrows by units alone: leave prune.query_heads out, and layers, attention "
-            "and mlp out of prune.kinds."
+            "compare narrows by units alone: leave prune.query_heads and prune.channels out, and "
+            "layers, attention and mlp out of prune.kinds."
         )
     if recipe.prune.vocabulary != "whole":
         raise BadInput(

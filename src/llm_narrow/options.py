@@ -73,6 +73,7 @@ OPTIONS: dict[str, Any] = {
     "target_flops": _text("Operations of a token to keep: 60%, 180M."),
     "target_kv_cache": _text("Bytes of a token in the cache to keep: 50%, 12kB."),
     "query_heads": _whole("Query heads that stay of each key/value head; the others go first."),
+    "channels": _whole("Channels of the residual stream that stay; the others go first."),
     "keep_layers": _whole("Layers that stay at least, with --kinds layers."),
     "allocation": _text("uniform (same in every layer), global, or joint (over all kinds)."),
     "layout": _text("auto, or padded: uneven layers filled with zeros, for stock transformers."),
@@ -125,7 +126,8 @@ ORIGIN = ("revision", "trust_remote_code")
 SCORING = ("criterion", "calibration_tokens", "kinds", "forget", "forget_weight")
 SIZE = (
     "sparsity", "target_params", "target_size", "target_flops", "target_kv_cache", "keep_layers",
-    "query_heads", "allocation", "layout", "multiple", "vocabulary", "vocabulary_threshold",
+    "query_heads", "channels", "allocation", "layout", "multiple", "vocabulary",
+    "vocabulary_threshold",
 )  # fmt: skip
 REFIT = ("refit", "damping")
 LASSO = ("lasso_tokens", "lasso_lr", "penalty", "step", "control", "strength", "weights")

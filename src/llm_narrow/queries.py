@@ -7,8 +7,6 @@ values stay, and with them the cache. It is done before anything else is scored,
 the vocabulary is, so that all that follows sees a model of fewer query heads.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -17,20 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import inputs, scoring, work
-from .blocks import Blocks
-from .cost import size
 from .errors import BadInput
 from .families import find_groups, refused_kinds
 from .families_slices import head_size
-from .inputs import Inputs
 from .progress import Track, silent
-from .recipe import Recipe
 from .refit import RefitFacts, refit_and_remove
 from .units import Group, Keep, Scores, Slice, remove
-from .work import Work
-
-KEPT = "kept: "  # before the names of masks that are stored beside weights
 
 
 def groups_of(model: Any) -> list[Group]:
@@ -104,53 +94,6 @@ def thin(
         remove(model, groups, keep)
     _count(model.config, counts.pop(), each)
     return fitted
-
-
-def thinned(
-    start: Inputs, recipe: Recipe, blocks: Blocks, left: Work | None, *, track: Track
-) -> tuple[Inputs, dict[str, Any]]:
-    """Leave as many query heads as the recipe says, by score, in the model that a run begins with.
-
-    Gives what is told of it too. Raises BadInput for a number that is not below what there is.
-    """
-    model, p = start.loaded.model, recipe.prune
-    assert p.query_heads is not None
-    groups, each = groups_of(model), per_head(model.config)
-    if p.query_heads >= each:
-        raise BadInput(
-            f"prune.query_heads must be from 1 to {each - 1}, as each key/value head has {each} "
-            f"query heads, got {p.query_heads}."
-        )
-    before = size(model).parameters
-    held = left.part("queries") if left else None
-    if held:
-        keep = {g.name: held[0].pop(f"{KEPT}{g.name}") for g in groups}
-        thin(model, keep)
-        work.fill(model, held[0])
-        facts = held[1]
-    else:
-        scored = scoring.made(replace(start, groups=tuple(groups)), recipe, blocks, track=track)
-        keep = chosen(scored.scores, groups, p.query_heads, each)
-        batches = blocks.batches(recipe.blocks.batch_size) if p.refit != "none" else ()
-        fitted = thin(
-            model, keep, batches, damping=p.damping, sequential=p.refit == "sequential",
-            dtype=torch.bfloat16 if start.bf16 else None, track=track,
-        )  # fmt: skip
-        facts = {
-            "before": each, "after": p.query_heads, "parameters_before": before,
-            "parameters": size(model).parameters,
-            "kept": {name: stay.nonzero().flatten().tolist() for name, stay in keep.items()},
-            "mean_error": fitted and sum(fitted.errors.values()) / len(fitted.errors),
-        }  # fmt: skip
-        if left:
-            masks = {f"{KEPT}{name}": stay for name, stay in keep.items()}
-            left.finish("queries", {**work.weights(model), **masks}, facts)
-    every = tuple(find_groups(model))
-    told = hashlib.sha256(json.dumps(facts["kept"]).encode()).hexdigest()
-    return replace(
-        start, all_groups=every, groups=inputs.groups_of(every, p.chosen_kinds),
-        thinned=f"{p.refit} {p.damping} {told[:16]}",
-    ), facts  # fmt: skip
 
 
 def _count(config: Any, stay: int, each: int) -> None:

@@ -129,6 +129,7 @@ FLAGS: dict[str, str] = {
     "target_flops": "prune.target_flops",
     "target_kv_cache": "prune.target_kv_cache",
     "query_heads": "prune.query_heads",
+    "channels": "prune.channels",
     "keep_layers": "prune.keep_layers",
     "kinds": "prune.kinds",
     "vocabulary": "prune.vocabulary",

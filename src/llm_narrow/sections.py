@@ -146,6 +146,7 @@ class Prune(Section):
         None, description="bytes of a token in the cache (12kB) or a share of the model's (50%)"
     )
     query_heads: int | None = Field(None, ge=1, description="a whole number of at least 1")
+    channels: int | None = Field(None, ge=1, description="a whole number of at least 1")
     keep_layers: int | None = Field(None, ge=1, description="a whole number of at least 1")
     kinds: Annotated[tuple[Removable, ...] | None, BeforeValidator(listed)] = Field(
         None,

@@ -72,6 +72,16 @@ def query_heads(facts: Mapping[str, Any]) -> str:
     )
 
 
+def channels(facts: Mapping[str, Any]) -> str:
+    """How many channels of the residual stream stay, and what that saves."""
+    saved = facts["parameters_before"] - facts["parameters"]
+    return (
+        f"Channels: {thousands(facts['after'])} of {thousands(facts['before'])} stay in the "
+        f"residual stream, which saves {thousands(saved)} parameters "
+        f"({saved / facts['parameters_before']:.1%})."
+    )
+
+
 def lasso(facts: Mapping[str, Any]) -> RenderableType:
     """What the lasso left, and where the units that go come from."""
     lines = [

@@ -111,7 +111,7 @@ def prune(
             **({"joint": bought} if bought else {}),
             **({"layers_gone": plan.layers_gone} if plan.layers_gone else {}),
             **({"vocabulary": cut.facts} if cut else {}),
-            **({"query_heads": found.thin} if found.thin else {}),
+            **found.thin,
         }
         if run is None:
             facts["forecast"] = [asdict(p) for p in forecast.forecast(recipe, start, plan, blocks)]
