@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from commands import refused
-from llm_narrow import certificate, checkpoint
+from llm_narrow import certificate, checkpoint, page
 from llm_narrow.certificate import BEGIN, END, certify, with_section
 from llm_narrow.certificate_form import Certificate
 from llm_narrow.certificate_text import relearning_text, selectivity_text
@@ -180,6 +180,27 @@ def test_the_card_has_one_section_and_keeps_the_rest(run_folder: Path, tmp_path:
     assert card.read_text() == once
     missing = tmp_path / "none.md"
     assert with_section(missing, "x") == f"{BEGIN}\nx\n{END}\n"
+
+
+def test_the_report_shows_it(run_folder: Path, tmp_path: Path) -> None:
+    certify(
+        run_folder, matrix=matrix_of(run_folder, tmp_path / "matrix.json"),
+        relearn=[audit_of(run_folder, tmp_path / "audit")], command="certify <run> & more",
+    )  # fmt: skip
+    written = page.write([run_folder], tmp_path / "out")
+    text, md = (path.read_text(encoding="utf-8") for path in (written.html, written.md))
+    section = text[text.index('<section id="certificate">') :].partition("</section>")[0]
+    for told in ("selectivity", "What it is not for", "relearning of", "Not measured: speed"):
+        assert told in section
+    assert "certify &lt;run&gt; &amp; more" in section or "certify <run>" not in section
+    assert md.count("## Certificate") == 1
+    file = run_folder / "certificate.json"
+    other = json.loads(file.read_text())
+    other["model"]["sha256"] = "0" * 64
+    file.write_text(json.dumps(other))
+    again = page.write([run_folder], tmp_path / "again")
+    assert any(w.startswith("The certificate is left out: ") for w in again.warnings)
+    assert 'id="certificate"' not in again.html.read_text(encoding="utf-8")
 
 
 def test_other_weights_are_refused(run_folder: Path, tmp_path: Path) -> None:

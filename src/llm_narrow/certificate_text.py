@@ -21,7 +21,7 @@ def markdown(c: Certificate) -> str:
     parts = [
         f"# Certificate: {Path(c.model.name).name}", c.purpose, fenced(c.command, "sh"),
         *_body(c, "##"),
-        "## Where the figures come from", table(_sources(c)),
+        "## Where the figures come from", table(sources(c)),
         "## Models", table(_models(c)),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -35,9 +35,9 @@ def card_section(c: Certificate) -> str:
 
 def shown(c: Certificate, files: Sequence[Path]) -> RenderableType:
     """What the command line prints."""
-    found: list[RenderableType] = [Text(c.purpose), _drawn(_summary(c))]
+    found: list[RenderableType] = [Text(c.purpose), _drawn(summary(c))]
     if c.off_domain:
-        found.append(_drawn(_off(c)))
+        found.append(_drawn(off_domain(c)))
     found += [Text(f"Not measured: {n}. {command}") for n, command in c.not_measured.items()]
     found += [Text(f"Written: {', '.join(map(str, files))}")] if files else []
     return Group(*found)
@@ -67,15 +67,16 @@ def interval_text(i: Interval, text: Callable[[float], str] = plain) -> str:
 
 def _body(c: Certificate, level: str) -> list[str]:
     lacking = [f"- {name}: `{command}`" for name, command in c.not_measured.items()]
-    parts = [table(_summary(c))]
+    parts = [table(summary(c))]
     if c.off_domain:
-        parts += [f"{level} What it is not for", table(_off(c))]
+        parts += [f"{level} What it is not for", table(off_domain(c))]
     if lacking:
         parts += [f"{level} Not measured", "\n".join(lacking)]
     return parts
 
 
-def _summary(c: Certificate) -> Cells:
+def summary(c: Certificate) -> Cells:
+    """The figures of the whole model and of this one; the header first."""
     d, away = c.on_domain, c.selectivity
     cells = [
         ["figure", "whole model", "this model"],
@@ -103,7 +104,8 @@ def _summary(c: Certificate) -> Cells:
     return cells
 
 
-def _off(c: Certificate) -> Cells:
+def off_domain(c: Certificate) -> Cells:
+    """Losses and accuracies off the domain; the header first."""
     cells = [["off the domain", "measure", "whole model", "this model",
               "increase, nats/byte or accuracy"]]  # fmt: skip
     for o in c.off_domain:
@@ -117,7 +119,7 @@ def _off(c: Certificate) -> Cells:
     return cells
 
 
-def _sources(c: Certificate) -> Cells:
+def sources(c: Certificate) -> Cells:
     """Each command once, with what it measured and the data."""
     found: dict[str, list[str]] = {}
     for command, what in _measured(c):

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from . import explain_page, figure_compare, figures, page_runs, report
+from . import certificate_page, explain_page, figure_compare, figures, page_runs, report
 from .cache import no_space
 from .errors import BadInput, problems
 from .figure_style import PALETTE, Drawn, visible
@@ -51,10 +51,14 @@ def write(runs: Sequence[Path], out: Path, *, strict: bool = False) -> Written:
         run = found[0]
         _check_measured(run)
         drawn, lost = figures.draw(run)
+        held, refused = certificate_page.found(run.path)
         told, left_out = explain_page.found(run.path)
-        warnings += [*run.warnings, *lost, *left_out]
-        page = run_page(run, drawn) | {"explained": explain_page.section(told)}
-        md = report.markdown(run.path) + explain_page.markdown(told)
+        warnings += [*run.warnings, *lost, *refused, *left_out]
+        page = run_page(run, drawn) | {
+            "certificate": certificate_page.section(held), "explained": explain_page.section(told)
+        }  # fmt: skip
+        md = report.markdown(run.path) + certificate_page.markdown(held)
+        md += explain_page.markdown(told)
     else:
         comparison = compare(found)
         warnings += [*(w for run in found for w in run.warnings), *comparison.warnings]
@@ -91,8 +95,8 @@ def render(page: Mapping[str, Any], drawn: Sequence[Drawn], warnings: Sequence[s
     template = environment.get_template("report.html.jinja")
     inline = {d.name: Markup(d.inline) for d in drawn}
     return template.render(
-        **{"explained": None, **page}, palette=PALETTE, drawn=drawn, inline=inline,
-        warnings=list(warnings),
+        **{"certificate": None, "explained": None, **page}, palette=PALETTE, drawn=drawn,
+        inline=inline, warnings=list(warnings),
     )  # fmt: skip
 
 
