@@ -168,6 +168,15 @@ def test_equal_neighbouring_layers_share_a_line():
     ]
 
 
+@pytest.mark.parametrize(
+    "plan",
+    [None, {}, [None], [{"group": "a", "kind": "heads"}], 
+     [{"group": "a.0", "kind": "heads", "before": 3, "after": "few"}]],
+)
+def test_a_plan_that_is_none_is_told_like_none(plan: object) -> None:
+    assert report.widths(plan) == ""
+
+
 def test_widths_come_from_the_kept_units_where_the_manifest_has_no_plan(tmp_path: Path):
     run_folder(tmp_path, {k: v for k, v in MANIFEST.items() if k != "plan"})
     (tmp_path / "model").mkdir()

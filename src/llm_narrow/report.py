@@ -124,12 +124,19 @@ def table(cells: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
+def _is_row(row: Any) -> bool:
+    numbers = ("before", "after")
+    return isinstance(row, dict) and {"group", "kind", *numbers} <= row.keys() and all(
+        isinstance(row[n], int) for n in numbers
+    )
+
+
 def widths(plan: Any) -> str:
     """A table of the units before and after, runs of equal layers on one line. Empty if none.
 
-    `plan` is a list of {group, kind, before, after}.
+    `plan` is a list of {group, kind, before, after}; one that is not is told like none.
     """
-    if not isinstance(plan, list) or not plan:
+    if not isinstance(plan, list) or not plan or not all(_is_row(row) for row in plan):
         return ""
     kinds = list(dict.fromkeys(str(p["kind"]) for p in plan))
     layers: dict[int, dict[str, tuple[int, int]]] = {}
