@@ -181,6 +181,7 @@ def test_recovery_makes_a_run_for_each_method_and_takes_them_up_again(
     ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_survival_kills_a_run_and_compares(
     script: Any, tmp_path: Path, model_folder: Path, domain_folder: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -375,15 +375,15 @@ def test_weights_of_the_sweep_are_not_kept(whole: Seen) -> None:
 def test_all_rates_of_a_method_begin_with_one_refit(
     go: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llm_narrow import stages
+    from llm_narrow import removal
 
-    refit, calls = stages.refit_and_remove, [0]
+    refit, calls = removal.refit_and_remove, [0]
 
     def counted(*args: Any, **given: Any) -> Any:
         calls[0] += 1
         return refit(*args, **given)
 
-    monkeypatch.setattr(stages, "refit_and_remove", counted)
+    monkeypatch.setattr(removal, "refit_and_remove", counted)
     go(methods="oneshot", seeds=2, tokens=256)
     assert calls == [2]  # one for each seed, none for each rate
 

@@ -113,6 +113,8 @@ def test_every_setting_is_read(
             {"sparsity": 0.5},
             {"target_params": "90%", "kinds": "neurons", "vocabulary": "domain",
              "forget": str(other)},
+            {"target_flops": "50%", "target_kv_cache": "100%", "target_size": "99%",
+             "kinds": "layers,neurons", "keep_layers": 1, "query_heads": 1, "channels": 24},
             {**LEARNT, "method": "lasso", "distill": "cached"},
             {**LEARNT, "method": "lasso", "step": "gradient", "control": "fixed",
              "recover_method": "lora", "lora_rank": 2},

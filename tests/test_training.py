@@ -205,7 +205,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
 
             stopped.setattr(train._Run, "_advance", go)
         else:
-            place = {"remove": "stages.remove", "teacher": "distill._write",
+            place = {"remove": "removal.remove", "teacher": "distill._write",
                      "save": "checkpoint.save"}[part]  # fmt: skip
 
             def stop(*args: object, **given: object) -> None:
