@@ -315,6 +315,17 @@ def test_nothing_to_recover_is_told(model_folder: Path, tmp_path: Path) -> None:
         recovery.recover(recipe.load(None, names), out=tmp_path / "o")
 
 
+def test_a_stock_folder_called_model_is_recovered(
+    domain_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only run folders tell what was removed before."""
+    monkeypatch.setattr("llm_narrow.checkpoint.verify", lambda *args, **given: 0.0)
+    model = write_model(tmp_path / "of" / "model")
+    given = {**SMALL, **RECOVER, "model": str(model), "domain": str(domain_folder)}
+    recovery.recover(recipe.load(None, given), out=tmp_path / "o")
+    assert (tmp_path / "o/model/keep.safetensors").is_file()
+
+
 def test_two_processes_prune_as_one_that_sees_as_much(
     narrow: Any, model_folder: Path, domain_folder: Path, tmp_path: Path
 ) -> None:

@@ -81,9 +81,10 @@ def recover(
             run, place, recipe, start, before, facts, original_config=original_config,
             groups=start.all_groups, keep=keep, track=track, clock=clock,
         )  # fmt: skip
-        if rows and facts["checkpoint"]["layout"] == "uniform" and (source / "model").is_dir():
+        told_by = source / "model" / checkpoint.KEEP  # a stock folder has none
+        if rows and facts["checkpoint"]["layout"] == "uniform" and told_by.is_file():
             # What was removed from the original is still what its run said.
-            shutil.copyfile(source / "model" / checkpoint.KEEP, run / "model" / checkpoint.KEEP)
+            shutil.copyfile(told_by, run / "model" / checkpoint.KEEP)
         outcome.take_training(run, left.folder)
         outcome.write_run(run, recipe, facts, rows, console)
     left.done()
