@@ -4,16 +4,13 @@ Reads manifest.json, rows.jsonl and keep.safetensors. What a file does not hold 
 measured, so a run that was stopped half-way can be reported too.
 """
 
-import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
-
+from . import report_widths
 from . import rows as rowfile
 from .errors import BadInput
 from .rows import Estimate, Row, Spread
@@ -31,7 +28,7 @@ def markdown(run: Path) -> str:
     warnings: list[str] = []
     if (run / "rows.jsonl").exists():
         rows, warnings = rowfile.read(run / "rows.jsonl")
-    plan = at(manifest, "plan") or _plan_of(run)
+    plan = at(manifest, "plan") or report_widths.plan_of(run)
     sections = [
         _heading(manifest),
         recovery_mark(manifest),
@@ -124,35 +121,13 @@ def table(cells: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def _is_row(row: Any) -> bool:
-    numbers = ("before", "after")
-    return isinstance(row, dict) and {"group", "kind", *numbers} <= row.keys() and all(
-        isinstance(row[n], int) for n in numbers
-    )
-
-
 def widths(plan: Any) -> str:
     """A table of the units before and after, runs of equal layers on one line. Empty if none.
 
     `plan` is a list of {group, kind, before, after}; one that is not is told like none.
     """
-    if not isinstance(plan, list) or not plan or not all(_is_row(row) for row in plan):
-        return ""
-    kinds = list(dict.fromkeys(str(p["kind"]) for p in plan))
-    layers: dict[int, dict[str, tuple[int, int]]] = {}
-    for p in plan:
-        number = re.search(r"\d+", str(p["group"]))
-        layer = layers.setdefault(int(number[0]) if number else len(layers), {})
-        layer[str(p["kind"])] = (int(p["before"]), int(p["after"]))
-    cells = [["layers", *kinds]]
-    for _, same in itertools.groupby(sorted(layers.items()), key=lambda item: item[1]):
-        run = list(same)
-        ends = {str(run[0][0]): None, str(run[-1][0]): None}
-        cells.append(["-".join(ends), *(_change(run[0][1].get(kind)) for kind in kinds)])
-    total = [_sum(layer.get(kind) for layer in layers.values()) for kind in kinds]
-    if len(cells) > 2:
-        cells.append(["all", *(_change(t) for t in total)])
-    return table(cells)
+    found = report_widths.cells(plan)
+    return table(found) if found else ""
 
 
 def recovery_mark(manifest: Manifest) -> str:
@@ -373,35 +348,3 @@ def _realised(first: Row, row: Row) -> str:
 def _cell(text: str) -> str:
     indent = "&nbsp;&nbsp;" if text.startswith("  ") else ""
     return indent + text.strip().replace("|", "\\|").replace("\n", " ")
-
-
-def _change(width: tuple[int, int] | None) -> str:
-    if width is None:
-        return "-"
-    before, after = width
-    return f"{before:,}" if before == after else f"{before:,} → {after:,}"
-
-
-def _sum(found: Iterable[tuple[int, int] | None]) -> tuple[int, int]:
-    pairs = [pair for pair in found if pair is not None]
-    return sum(before for before, _ in pairs), sum(after for _, after in pairs)
-
-
-def _plan_of(run: Path) -> list[dict[str, Any]]:
-    """The plan as keep.safetensors tells it, for a manifest that does not."""
-    places = (run / "model/keep.safetensors", run / "keep.safetensors")
-    file = next((f for f in places if f.exists()), None)
-    if file is None:
-        return []
-    try:
-        keep = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{file} is not a readable safetensors file: {error}.") from None
-    return [
-        {"group": name, "kind": _kind(name), "before": units.size, "after": int(units.sum())}
-        for name, units in keep.items()
-    ]
-
-
-def _kind(group: str) -> str:
-    return "heads" if "att" in group.rpartition(".")[2] else "neurons"
