@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llm_narrow import checkpoint, units, verify
+from llm_narrow import channels, checkpoint, queries, units, verify
 from llm_narrow.architectures import architecture
 from llm_narrow.errors import BadInput
 from llm_narrow.families import find_groups, refused_kinds
@@ -17,11 +17,13 @@ from llm_narrow.losses import language_loss
 from llm_narrow.refit import refit_and_remove
 from llm_narrow.scores import CRITERIA, score, watched
 from llm_narrow.units import Group, Slice
+from llm_narrow.vocabulary_rows import new_rows, remove_rows
 from tiny import CONFIGS, FORMS, VOCAB, batch, even, outputs, tiny
 
 ROOT = Path(__file__).parents[1]
 MODELS = {kind: (kind, {}) for kind in CONFIGS} | FORMS
-TOKENS = torch.randint(VOCAB, (2, 18), generator=torch.Generator().manual_seed(5))
+LEFT = VOCAB - 5  # tokens that stay
+TOKENS = torch.randint(LEFT, (2, 18), generator=torch.Generator().manual_seed(5))
 SPARE = [name for name in FORMS if name.endswith("experts to spare")]
 # Both have 4 heads of a query each, of a hidden size of 32 that 3 does not divide.
 TWO_HEADS = ("deepseek_v2", "deepseek_v3")
@@ -31,15 +33,29 @@ def groups_of(model: nn.Module, kind: str) -> list[Group]:
     return [g for g in find_groups(model) if g.kind == kind]
 
 
+def thin(model: Any, beside: set[str]) -> None:
+    """Take out some of everything else that can go, but for layers: test_depth has those."""
+    if "vocabulary" in beside:
+        remove_rows(model, new_rows(torch.arange(VOCAB) < LEFT, multiple=1))
+    if "query heads" in beside:
+        groups = queries.groups_of(model)
+        last = {g.name: torch.arange(g.size) % queries.per_head(model.config) > 0 for g in groups}
+        queries.thin(model, last)
+    if "channels" in beside:
+        channels.thin(model, torch.arange(model.config.hidden_size) % 2 > 0)
+
+
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: Any) -> dict[str, tuple[Any, verify.Written, dict[str, Tensor]]]:
-    """Each model with units of every kind removed, and what a fresh process says of its folder.
+def told(tmp_path_factory: Any) -> dict[str, tuple[Any, verify.Written, set[str], Any]]:
+    """Each model with some of everything removed, and what a fresh process says of its folder.
 
     One process for all, and uniform folders first, since they have to do without llm_narrow.
     """
     place, written = tmp_path_factory.mktemp("folders"), {}
     for number, (name, (kind, changes)) in enumerate(MODELS.items()):
         model = tiny(kind, **changes)
+        beside = set(architecture(name, model).beside)
+        thin(model, beside)
         groups = find_groups(model)
         keep = even(groups, neurons=16, heads=2 if kind in TWO_HEADS else 1, experts=2)
         original = copy.deepcopy(model.config)
@@ -49,7 +65,7 @@ def told(tmp_path_factory: Any) -> dict[str, tuple[Any, verify.Written, dict[str
         about = checkpoint.write(
             model, None, folder, original_config=original, groups=groups, keep=keep
         )
-        written[name] = (folder, model, about)
+        written[name] = (folder, model, about, beside)
     order = sorted(written, key=lambda name: written[name][2].layout != "uniform")
     answers = verify.ask([(written[n][0], written[n][2], False) for n in order], TOKENS)
     return {n: (*written[n][1:], answer) for n, answer in zip(order, answers, strict=True)}
@@ -58,15 +74,17 @@ def told(tmp_path_factory: Any) -> dict[str, tuple[Any, verify.Written, dict[str
 @pytest.mark.parametrize("name", MODELS)
 def test_all_kinds_at_once_are_the_same_in_a_fresh_process(told: Any, name: str) -> None:
     """The figure: at most 1e-4 of the largest logit, in float32, from a cache too."""
-    model, about, answer = told[name]
+    model, about, beside, answer = told[name]
     expected = verify._logits(model, TOKENS, torch.float32)
     scale = expected.abs().max()
     assert scale > 0.5
     assert (answer["logits"] - expected).abs().max() / scale <= 1e-4
     assert (answer["cached"] - expected[:, -1]).abs().max() / scale <= 1e-4
     kind, changes = MODELS[name]
-    stock = architecture(name, tiny(kind, **changes)).stock
-    assert about.layout == ("uniform" if all(stock.values()) else "uneven")
+    own = architecture(name, tiny(kind, **changes))
+    assert {*own.beside} == beside >= {"layers", "vocabulary"}
+    whole = all(own.stock.values()) and all(own.beside.values())
+    assert about.layout == ("uniform" if whole else "uneven")
 
 
 def test_the_page_is_the_one_that_the_declarations_make() -> None:

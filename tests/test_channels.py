@@ -12,15 +12,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from commands import refused
+from folders import write_model
 from llm_narrow import channels, checkpoint, scores, training, units
 from llm_narrow.cost import flops_per_token
 from llm_narrow.errors import BadInput
 from llm_narrow.families import FAMILIES, find_groups
+from llm_narrow.norms import WideNorm
 from tiny import batch, tiny
 
 ABLE = ["deepseek_v2", "deepseek_v3", "granite", "llama", "mistral", "mixtral", "phi3", "qwen2",
         "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"]  # fmt: skip
-UNABLE = sorted({*FAMILIES} - {*ABLE, "mlp"})
+REMEMBER = ["cohere", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "nemotron",
+            "olmo", "opt", "phi", "stablelm", "starcoder2"]  # their norms take the mean
+UNABLE = sorted({*FAMILIES} - {*ABLE, *REMEMBER, "mlp"})
 
 
 def logits(model: Any, tokens: Tensor) -> Tensor:
@@ -34,7 +38,7 @@ def half(size: int, seed: int = 0) -> Tensor:
     return channels.chosen(chance, size // 2)
 
 
-@pytest.mark.parametrize("kind", ABLE)
+@pytest.mark.parametrize("kind", [*ABLE, *REMEMBER])
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_is_left_is_the_model_with_zeros_in_the_others_place(
     kind: str, tied: bool, tmp_path: Path
@@ -52,9 +56,17 @@ def test_what_is_left_is_the_model_with_zeros_in_the_others_place(
     assert model.config.hidden_size == int(keep.sum()) < group.size
     torch.testing.assert_close(logits(model, tokens), logits(masked, tokens), atol=1e-5, rtol=1e-4)
     assert not torch.allclose(logits(masked, tokens), logits(tiny(kind).eval(), tokens), atol=1e-3)
-    groups = find_groups(model)
-    checkpoint.write(model, None, tmp_path, original_config=model.config, groups=groups,
-                     keep=units.keep_all(groups))  # fmt: skip
+    before, groups = copy.deepcopy(model.config), find_groups(model)
+    decision = units.keep_all(groups)
+    for g in groups:  # units beside them
+        if g.kind == "neurons":
+            decision[g.name][1::2] = False
+    units.remove(model, groups, decision)
+    wrote = checkpoint.write(
+        model, None, tmp_path, original_config=before, groups=groups, keep=decision
+    )
+    assert kind in ABLE or wrote.layout == "uneven"
+    assert kind in ABLE or json.loads((tmp_path / "config.json").read_text())["narrow"]["channels"]
     again = checkpoint.load(tmp_path).eval()
     torch.testing.assert_close(logits(again, tokens), logits(model, tokens))
 
@@ -62,7 +74,8 @@ def test_what_is_left_is_the_model_with_zeros_in_the_others_place(
 @pytest.mark.parametrize("kind", UNABLE)
 def test_where_it_would_not_be_exact_it_is_refused_with_the_reason(kind: str) -> None:
     model = tiny(kind).eval()
-    with pytest.raises(BadInput, match=r"takes the mean over all of them|does with the hidden s"):
+    why = r"a way of its own|computes two things|size of a head|root of their number"
+    with pytest.raises(BadInput, match=why):
         channels.thin(model, half(model.config.hidden_size))
 
 
@@ -75,6 +88,45 @@ def test_everything_of_the_stream_is_in_the_group() -> None:
     assert {s.param for s in group.slices} == wide
     read = {s.param.rpartition(".")[0].rpartition(".")[2] for s in group.reads}
     assert read == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"}
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "gpt2", "nemotron", "olmo"])
+def test_a_folder_whose_norms_remember_is_the_same_in_a_fresh_process(
+    kind: str, tmp_path: Path
+) -> None:
+    """From a cache too, and after a second narrowing of what was loaded."""
+    model = tiny(kind).eval()
+    channels.thin(model, half(model.config.hidden_size))
+    for name in ("first", "second"):
+        before, groups = copy.deepcopy(model.config), find_groups(model)
+        decision = units.keep_all(groups)
+        decision[groups[0].name][:8] = False
+        units.remove(model, groups, decision)
+        proved = checkpoint.save(model, None, tmp_path / name, original_config=before,
+                                 groups=groups, keep=decision)  # fmt: skip
+        assert (proved.layout, proved.difference < 1e-5) == ("uneven", True)
+        model = checkpoint.load(tmp_path / name)
+    with pytest.raises(BadInput, match="Start from the original model"):
+        channels.thin(model, half(model.config.hidden_size))
+    with pytest.raises(BadInput, match="cannot be padded"):
+        checkpoint.write(
+            model, None, tmp_path, original_config=model.config, pad=True,
+            groups=find_groups(model), keep=units.keep_all(find_groups(model)),
+        )  # fmt: skip
+
+
+def test_a_norm_that_remembers_is_the_full_one_with_zeros_in_halves_too() -> None:
+    full = torch.nn.LayerNorm(32).requires_grad_(False)
+    full.weight.uniform_(0.5, 1.5), full.bias.uniform_(-1, 1)
+    own = copy.deepcopy(full)
+    own.weight, own.bias = (torch.nn.Parameter(p[:24].clone()) for p in (own.weight, own.bias))
+    wide = WideNorm(own, 32)
+    hidden = torch.randn(2, 5, 32) + 3
+    hidden[..., 24:] = 0
+    torch.testing.assert_close(wide(hidden[..., :24]), full(hidden)[..., :24])
+    bf16 = wide.to(torch.bfloat16)(hidden[..., :24].bfloat16())
+    assert bf16.dtype == torch.bfloat16
+    torch.testing.assert_close(bf16.float(), full(hidden)[..., :24], atol=0.05, rtol=0.02)
 
 
 def test_channels_that_are_read_most_stay() -> None:
@@ -112,6 +164,26 @@ def test_they_go_first_with_all_else_after_them(
     assert facts["model"]["parameters"] == model.num_parameters()
     assert narrow.num_parameters() <= 0.45 * model.num_parameters()
     assert flops_per_token(narrow, context=256) <= 0.6 * flops_per_token(model, context=256)
+
+
+def test_a_pythia_goes_all_the_way_with_norms_that_remember(
+    prune: Any, run: Any, tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "neox", "gpt_neox")
+    done = prune(
+        "--model", model, *SMALL, "--kinds", "vocabulary,neurons,heads,layers", "--target-params",
+        "60%", "--recover-tokens", "128", "--validation-tokens", "64",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    narrow = checkpoint.load(tmp_path / "run/model")
+    assert (narrow.config.hidden_size, channels.wide(narrow.config)) == (24, 32)
+    refused(run("export", tmp_path / "run", "--to", "gguf", "--out", tmp_path / "x.gguf"),
+            "Prune without --channels")  # fmt: skip
+    again = prune("--model", tmp_path / "run", "--out", tmp_path / "again", "--sparsity", "0.5")
+    assert again.code == 0, again.err
+    twice = checkpoint.load(tmp_path / "again/model")
+    assert channels.wide(twice.config) == 32
+    assert twice.num_parameters() < narrow.num_parameters()
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_same_channels(

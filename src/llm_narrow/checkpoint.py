@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from . import depth
+from . import channels, depth
 from .cache import remembered_sha256, written_whole
 from .errors import BadInput, problems
 from .families import find_groups
@@ -122,6 +122,9 @@ def write(
         layout, config = "padded", padded_config(original_config, groups, whole, keep)
         if config is None:
             raise BadInput(
+                "No stock model has norms over more channels than it has: it cannot be padded. "
+                "Leave the layout uneven."
+                if channels.wide(original_config) else
                 "No stock model has layers as wide as the widest of these: they cannot be padded. "
                 "Leave the layout uneven."
             )
@@ -133,13 +136,14 @@ def write(
     twin.load_state_dict(state, strict=True, assign=True)
     twin.tie_weights()
     twin.generation_config = copy.deepcopy(model.generation_config)
+    twin.config = channels.whole_config(twin.config)
     # Names as in memory for our own loader; stock classes expect those of the original format.
     with _no_bars():
         twin.save_pretrained(folder, save_original_format=layout != "uneven")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if layout == "uneven":
-        _hide_type(folder / "config.json")
+        _hide_type(folder / "config.json", original_config)
     _write_keep(folder / KEEP, original_config, groups, whole, layout)
     _write_index(folder)
     return Written(layout, twin.config.model_type if config else UNEVEN, dtype)
@@ -213,18 +217,20 @@ def _composed(earlier: Keep, keep: Keep) -> Keep:
 def _skeleton(config: Any, dtype: torch.dtype) -> Any:
     """The stock model of a config: parameters without memory, buffers (rotary …) computed."""
     with init_empty_weights(include_buffers=False):
-        return STOCK.from_config(copy.deepcopy(config), dtype=dtype)
+        return channels.skeleton(config, dtype=dtype)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
 
-def _hide_type(path: Path) -> None:
+def _hide_type(path: Path, config: Any) -> None:
     """Have every other library refuse the config by its type, rather than by wrong sizes."""
     fields = json.loads(path.read_text(encoding="utf-8"))
     # Not under the key model_type: transformers would take such a dict for the config of a part.
     fields["narrow"] = {"of": fields["model_type"], "version": KEEP_VERSION}
+    if channels.wide(config):
+        fields["narrow"][channels.NAME] = config.hidden_size
     fields["model_type"] = UNEVEN
     path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
@@ -262,13 +268,24 @@ def _write_index(folder: Path) -> None:
     path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _load_uneven(folder: Path, weights: Sequence[Path], dtype: torch.dtype | None) -> Any:
-    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def uneven_config(folder: Path) -> Any:
+    """The config of an uneven folder as it was before `keep`; `channels.skeleton` makes its model.
+
+    Raises BadInput for one that is damaged.
+    """
     try:
-        fields["model_type"] = fields.pop("narrow")["of"]
-        config = AutoConfig.for_model(**fields)
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        narrow = fields.pop("narrow")
+        config = AutoConfig.for_model(**{**fields, "model_type": narrow["of"]})
+        if channels.NAME in narrow:
+            config = channels.narrowed(config, int(narrow[channels.NAME]))
     except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
         raise BadInput(f"{folder}/config.json is damaged: {_first_lines(error)}") from error
+    return config
+
+
+def _load_uneven(folder: Path, weights: Sequence[Path], dtype: torch.dtype | None) -> Any:
+    config = uneven_config(folder)
     keep = read_keep(folder / KEEP)
     stored: Any = config.dtype
     model = _skeleton(config, dtype or stored)

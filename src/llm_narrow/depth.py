@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
+from .channels import skeleton
 from .errors import BadInput, problems
 from .families import find_groups
 from .refit import LAYER
@@ -28,7 +28,6 @@ from .units import ROUTED, Group, Keep, remove
 
 Half = Literal["attention", "mlp"]
 NUMBERS = ("layer_idx", "layer_id")  # module attributes that say which layer a module is of
-STOCK: Any = AutoModelForCausalLM
 
 
 @dataclass(frozen=True)
@@ -284,7 +283,7 @@ def _check(config: Any, stack: str, changes: Mapping[str, Any], keep: Tensor) ->
         )
     shorter = shortened(config, keep)
     with torch.device("meta"):
-        whole, wanted = STOCK.from_config(copy.deepcopy(config)), STOCK.from_config(shorter)
+        whole, wanted = skeleton(config), skeleton(shorter)
     _shorten(whole, stack, keep)
     ours, theirs = (dict(_traits(m)) for m in (whole, wanted))
     differ = sorted(

@@ -154,7 +154,7 @@ def single(m: Any, name: str, attribute: str, *, added: bool = True) -> Group:
 
     `attribute` is what the module calls the number of heads.
     """
-    d = m.config.hidden_size // m.config.num_attention_heads
+    d = head_size(m.config)
     q, k, v = (outputs(m, f"{name}.{p}_proj", d) for p in "qkv")
     return Group(
         name, "heads", width(m, f"{name}.q_proj") // d,

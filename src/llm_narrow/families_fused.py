@@ -16,7 +16,7 @@ ALIBI = (
 def gpt_neox(m: Any) -> Iterator[Group | Refused]:
     """Pythia. One fused projection laid out as (head, q|k|v, dim)."""
     c = m.config
-    d = c.hidden_size // c.num_attention_heads
+    d = head_size(c)
     for i in range(c.num_hidden_layers):
         at, ff = f"gpt_neox.layers.{i}.attention", f"gpt_neox.layers.{i}.mlp"
         yield plain(m, ff, f"{ff}.dense_h_to_4h", f"{ff}.dense_4h_to_h", "intermediate_size")
@@ -29,7 +29,7 @@ def gpt_neox(m: Any) -> Iterator[Group | Refused]:
 def gpt2(m: Any) -> Iterator[Group | Refused]:
     """One fused projection laid out as (q|k|v, head, dim)."""
     c = m.config
-    d = c.hidden_size // c.num_attention_heads
+    d = head_size(c)
     for i in range(c.num_hidden_layers):
         at, ff = f"transformer.h.{i}.attn", f"transformer.h.{i}.mlp"
         heads = width(m, f"{at}.c_attn") // (3 * d)
@@ -45,7 +45,7 @@ def gpt2(m: Any) -> Iterator[Group | Refused]:
 def gpt_bigcode(m: Any) -> Iterator[Group | Refused]:
     """(all q, k, v) with one key/value head for all, which stays; else (head, q|k|v, dim)."""
     c = m.config
-    d = c.hidden_size // c.num_attention_heads
+    d = head_size(c)
     for i in range(c.num_hidden_layers):
         at, ff = f"transformer.h.{i}.attn", f"transformer.h.{i}.mlp"
         block, rest = (d, 2 * d) if c.multi_query else (3 * d, 0)
@@ -62,7 +62,7 @@ def falcon(m: Any) -> Iterator[Group | Refused]:
     """Three layouts: (key/value head, its queries|k|v, dim) with the new decoder architecture,
     (all q, k, v) with one key/value head for all, which stays, else (head, q|k|v, dim)."""
     c = m.config
-    d = c.hidden_size // c.num_attention_heads
+    d = head_size(c)
     if c.alibi:
         yield Refused("heads", ALIBI)
     if c.new_decoder_architecture:

@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig
 
+from . import channels
 from .checkpoint import layout
 from .errors import BadInput, problems
 
@@ -34,6 +35,11 @@ def config_of(folder: Path) -> Any:
     try:
         if uneven:
             fields["model_type"] = fields["narrow"]["of"]
+            if channels.NAME in fields["narrow"]:
+                raise BadInput(
+                    f"{folder}: its norms take the mean over channels that are gone, which "
+                    "llama.cpp does not know. Prune without --channels for GGUF."
+                )
         kind = str(fields["model_type"])
         if kind not in ARCHITECTURES:
             raise BadInput(

@@ -4,8 +4,6 @@ All subjects learn the same blocks in the same order by the same loop. Blocks of
 part choose the learning rate; held-out text is looked at on the way, and nothing follows from it.
 """
 
-import copy
-import json
 import math
 import re
 import shutil
@@ -16,9 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from transformers import AutoConfig
 
-from . import benchmark, checkpoint, cost, inputs, measure, units, work
+from . import benchmark, channels, checkpoint, cost, depth, inputs, measure, work
 from .blocks import Blocks
 from .compare_cells import shuffled_back, stream
 from .compare_shapes import tokens_per_step
@@ -250,15 +247,9 @@ def _fresh(loaded: Loaded, seed: int) -> Any:
     """A model of the same shape with new weights, as its architecture draws them; float32."""
     folder = loaded.folder
     uneven = checkpoint.layout(folder) == "uneven"
-    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if uneven:
-        fields["model_type"] = fields.pop("narrow")["of"]
-        config = AutoConfig.for_model(**fields)
-    else:
-        config = copy.deepcopy(loaded.model.config)
+    config = checkpoint.uneven_config(folder) if uneven else loaded.model.config
     torch.manual_seed(seed)
-    model = checkpoint.STOCK.from_config(config, dtype=torch.float32)
+    model = channels.skeleton(config, dtype=torch.float32)
     if uneven:
-        keep = checkpoint.read_keep(folder / checkpoint.KEEP)
-        units.remove(model, find_groups(model), keep)
+        depth.take_out(model, find_groups(model), checkpoint.read_keep(folder / checkpoint.KEEP))
     return model

@@ -8,9 +8,13 @@ from transformers import AutoConfig
 
 from .units import Group, Keep
 
+WIDE = "norm_width"  # in a config: how many channels norms take the mean of, where fewer are left
+
 
 def uniform_config(original: Any, groups: Sequence[Group], whole: Keep, keep: Keep) -> Any | None:
     """The config of a stock class that says what is left; None if there is none."""
+    if getattr(original, WIDE, None):
+        return None
     sizes: dict[str, int] = {}
     for g in groups:
         left = int(keep[g.name].sum())

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
 
 from . import blocks as packing
 from .blocks import Blocks
+from .channels import skeleton
 from .errors import BadInput, problems
 
 MAP = "vocabulary.safetensors"
@@ -140,9 +140,8 @@ def vocabulary_axes(model: Any) -> dict[str, int]:
 def _shapes(config: Any, more: int) -> dict[str, tuple[int, ...]]:
     config = copy.deepcopy(config)
     config.vocab_size += more
-    stock: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        model = stock.from_config(config)
+        model = skeleton(config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     return shapes | {name: tuple(b.shape) for name, b in model.named_buffers()}
 
