@@ -290,6 +290,26 @@ def test_validation_shares_no_document_with_what_is_trained_on(
     assert len(packed.tokens) > len(text.validation.tokens)
 
 
+def test_no_more_text_is_set_aside_than_shares_a_document_with_the_validation(
+    model_folder: Path, domain_folder: Path
+) -> None:
+    given = {**SMALL, "recover_tokens": 10_000_000, "validation_tokens": 320}
+    settled = recipe.load(None, {"model": model_folder, "domain": domain_folder, **given})
+    start = inputs.gather(settled)
+    packed = pack(start.domain, "train", start.loaded.tokenizer, length=32)
+    text = training.text(start, settled, track=silent)
+    assert text.recover is not None
+    used = {tuple(block) for block in text.recover.tokens.tolist()}
+    apart = range(len(packed.tokens) - 10, len(packed.tokens))
+    between = [
+        n for n, block in enumerate(packed.tokens.tolist())
+        if tuple(block) not in used and n not in apart
+    ]  # fmt: skip
+    shared = packed.documents[apart[0], 0]
+    assert len(between) >= 1
+    assert all(shared in packed.documents[n] for n in between)
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

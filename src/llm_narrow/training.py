@@ -84,9 +84,9 @@ def text(start: Inputs, recipe: Recipe, *, track: Track) -> Text:
     packed = inputs.blocks_of(start.loaded, start.domain, "train", recipe, track=track)
     count, length = packed.tokens.shape
     apart = -(-recipe.train.validation_tokens // length)
-    free = count - apart
+    free = max(0, count - apart)
     # Documents lie end to end: only the last free blocks can share one with the validation.
-    while free > 0 and packed.documents[free - 1, -1] == packed.documents[free, 0]:
+    while free > 0 and packed.documents[free - 1, -1] == packed.documents[count - apart, 0]:
         free -= 1
     per_step = recipe.blocks.batch_size * recipe.train.accumulation * processes.count()
     if free < per_step:
