@@ -13,6 +13,7 @@ many there were (norms.py), and the folder is one for our own loader. A config o
 `norm_width`, the channels of before, beside the hidden size.
 """
 
+import contextlib
 import copy
 import math
 from collections.abc import Sequence
@@ -112,6 +113,15 @@ def check(config: Any, stay: int, *, stock: bool = True) -> None:
     if any(found):
         rules = " and ".join(rule for rule in found if rule)
         raise BadInput(f"prune.channels must be {rules}, got {stay}.")
+
+
+def allowed(model: Any, most: int) -> int:
+    """The largest number of channels up to `most` that `thin` takes; 0 if there is none."""
+    for stay in range(most // MULTIPLE * MULTIPLE, 0, -MULTIPLE):
+        with contextlib.suppress(BadInput):
+            check(model.config, stay, stock=stock_norms(model))
+            return stay
+    return 0
 
 
 def stock_norms(model: Any) -> bool:

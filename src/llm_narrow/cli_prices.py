@@ -28,7 +28,10 @@ def prices(
     recipe: RecipeFile = None,
     kinds: Annotated[
         str | None,
-        typer.Option(help="neurons, heads, experts, attention, mlp, layers; all unless given."),
+        typer.Option(
+            help="neurons, heads, experts, attention, mlp, layers, vocabulary, query_heads, "
+            "channels; all unless given."
+        ),
     ] = None,
     blocks: Annotated[int, typer.Option(help="Blocks to measure each removal on.", min=1)] = 6,
     fit_tokens: Annotated[int, typer.Option(help="Tokens to refit each on.", min=1)] = 16384,

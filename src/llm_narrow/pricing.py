@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console, RenderableType
 
-from . import __version__, inputs, processes, scoring
+from . import __version__, beside, inputs, processes, scoring
 from . import recipe as recipes
+from .beside import BESIDE, Beside, Option
 from .blocks import Blocks
 from .cache import cache_dir
 from .cost import size
@@ -31,19 +32,32 @@ if TYPE_CHECKING:
 
 BLOCKS = 6  # that each removal is measured on
 FIT_TOKENS = 16384  # that it is refitted on
+BESIDE_LOG = "beside"  # in a log, where the name of a decision stands else
 
 
 @dataclass(frozen=True)
 class Ground:
-    """What removals are tried on: the blocks, and the losses that are known already."""
+    """What removals are tried on: the blocks, and the losses that are known already.
+
+    `blocks` are those that losses are measured on, as `text` has them in batches.
+    """
 
     text: Text
     log: Log
     bytes_per_token: float
+    blocks: Blocks
 
     def trials(self, model: Any) -> Any:
         """What `spend` takes: the trials of a decision on the model, which stays whole."""
         return lambda decision: Trials(model, decision, self.text, self.log)
+
+    def known(self, name: str) -> float | None:
+        """What was measured before beside decisions about units."""
+        return self.log.known.get((BESIDE_LOG, name))
+
+    def add(self, name: str, value: float) -> None:
+        """Keep it."""
+        self.log.add(BESIDE_LOG, name, value)
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,8 @@ class Priced:
     name: str
     domain: str
     prices: Prices
+    beside: tuple[Option, ...]
+    refused: Mapping[str, str]  # what of that cannot go, with why
     sizes: tuple[tuple[str, Spent], ...]
     seconds: Mapping[str, float]
 
@@ -63,6 +79,8 @@ class Priced:
             "domain": self.domain,
             "seconds": self.seconds,
             **self.prices.facts(),
+            "beside": [option.facts() for option in self.beside],
+            "refused": dict(self.refused),
             "sizes": {size: spent.facts() for size, spent in self.sizes},
         }
 
@@ -99,6 +117,7 @@ def prices(
     recipe, console, track = begin(recipe, given, console)
     if processes.count() > 1:
         raise BadInput("`prices` runs in one process. Start it without torchrun.")
+    of_units, others = _sorted(_split(kinds))
     clock = Clock()
     with clock.stage("load"):
         start = inputs.gather(recipe, track=track)
@@ -109,7 +128,10 @@ def prices(
         scored = scoring.made(start, recipe, calibration, track=track)
     with clock.stage("price"):
         found = listed(
-            start, ground, scored.scores, kinds=_split(kinds), curves=curves, track=track
+            start, ground, scored.scores, kinds=of_units, curves=curves, track=track
+        )
+        options, refused = beside.options(
+            start, recipe, ground, calibration, kinds=others, track=track
         )
     asked = _split(sizes) or ()
     whole = size(start.loaded.model).parameters
@@ -118,7 +140,7 @@ def prices(
             spend(found, [{"parameters": recipes.target(s, whole)} for s in asked]) if asked else []
         )
     return Priced(
-        recipe.model.name, recipe.domain.name, found,
+        recipe.model.name, recipe.domain.name, found, options, refused,
         tuple(zip(asked, bought, strict=True)), dict(clock.seconds),
     )  # fmt: skip
 
@@ -160,7 +182,8 @@ def ground_of(
         measured=measured.batches(batch), fitted=fitted.batches(batch),
         damping=recipe.prune.damping, dtype=torch.bfloat16 if start.bf16 else None,
     )  # fmt: skip
-    return Ground(text, Log.open(_log_path(start, recipe, measured, fitted)), _bytes(measured))
+    log = Log.open(_log_path(start, recipe, measured, fitted))
+    return Ground(text, log, _bytes(measured), measured)
 
 
 def plan_of(start: Inputs, spent: Spent) -> Plan:
@@ -187,6 +210,15 @@ def _log_path(start: Inputs, recipe: Recipe, measured: Blocks, fitted: Blocks) -
 
 def _bytes(blocks: Blocks) -> float:
     return float(blocks.sizes[:, 1:].sum()) / blocks.sizes[:, 1:].numel()
+
+
+def _sorted(
+    kinds: Sequence[str] | None,
+) -> tuple[Sequence[str] | None, tuple[Beside, ...]]:
+    """Kinds of units and parts of layers, None for all; and those beside them."""
+    if kinds is None:
+        return None, BESIDE
+    return [k for k in kinds if k not in BESIDE], tuple(k for k in BESIDE if k in kinds)
 
 
 def _split(names: str | Sequence[str] | None) -> tuple[str, ...] | None:

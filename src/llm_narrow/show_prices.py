@@ -11,11 +11,13 @@ from .budget import LARGE
 from .report import percent, thousands
 
 if TYPE_CHECKING:
+    from .beside import Option
     from .prices import Price, Prices
     from .pricing import Priced
     from .purchases import Spent
 
 CHEAPEST = 12  # single removals that are shown
+NAMES = {"vocabulary": "tokens", "query_heads": "query heads", "channels": "channels"}
 STEPS = (0.1, 0.3, 0.5)  # shares of all neurons whose price is shown
 
 
@@ -25,14 +27,17 @@ def shown(result: "Priced") -> RenderableType:
     parts: list[RenderableType] = [
         f"{result.name} on {result.domain}: loss {p.loss:.4f} nats per token on "
         f"{thousands(p.targets)} tokens; every large unit was really removed and measured there.",
-        _kinds(p),
-        _cheapest(p),
     ]
+    if p.large:
+        parts += [_kinds(p), _cheapest(p)]
     if p.curves:
         parts.append(_neurons(p))
     for kind in LARGE:
         if (found := p.correlation(kind)) is not None:
             parts.append(f"Rank correlation of the scores of {kind} with these prices: {found:.2f}")
+    if result.beside:
+        parts.append(_beside(result.beside))
+    parts += [f"{kind}: {why}" for kind, why in result.refused.items()]
     if result.sizes:
         parts.append(_sizes(result.sizes, p))
     return Group(*parts)
@@ -98,6 +103,24 @@ def _neurons(p: "Prices") -> Table:
             rates.append(float(cost[ahead] - cost[first]) / (one * (ahead - first)) * 1e6)
         told = " ".join(f"{m}:{d:+.3f}" for m, d in c.tried)
         table.add_row(str(c.layer), told, *(f"{r:.4f}" for r in rates), f"{float(cost[-1]):+.4f}")
+    return table
+
+
+def _beside(options: "Sequence[Option]") -> Table:
+    table = _table(
+        "Beside units, each alone: settings of `prune`, really carried out",
+        "what stays", "nats", "parameters", "per million", "per MFLOP", "per KV kB",
+    )  # fmt: skip
+    for o in options:
+        asked = f", {o.setting.split()[-1]} uses" if o.kind == "vocabulary" else ""
+        rates = [
+            f"{o.increase / saved * unit:.4f}" if saved > 0 else "-"
+            for saved, unit in zip(o.saves.each(), (1e6, 1e6, 1e3), strict=True)
+        ]
+        table.add_row(
+            f"{thousands(o.left)} {NAMES[o.kind]}{asked}", f"{o.increase:+.4f}",
+            thousands(o.saves.parameters), *rates,
+        )  # fmt: skip
     return table
 
 
