@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?= runs/demo
 
-.PHONY: demo test long lint types bench clean
+.PHONY: demo test long lint types docs pages bench clean
 
 demo: $(VENV)/made
 	$(BIN)/llm-narrow prune --model smollm2-135m --domain python --out $(OUT) --force
@@ -22,6 +22,15 @@ lint: $(VENV)/made-dev
 
 types: $(VENV)/made-dev
 	$(BIN)/mypy
+
+# The site, in build/site: it opens from the disk.
+docs: $(VENV)/made-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# Pages and pictures of docs/ that are made from the declarations, and are in the repository.
+pages: $(VENV)/made-dev
+	$(BIN)/python examples/docs/architectures.py
+	$(BIN)/python examples/docs/pictures.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
