@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from . import channels, depth
+from . import channels, depth, older
 from .cache import remembered_sha256, written_whole
 from .errors import BadInput, problems
 from .families import find_groups
@@ -144,6 +144,8 @@ def write(
         tokenizer.save_pretrained(folder)
     if layout == "uneven":
         _hide_type(folder / "config.json", original_config)
+    else:
+        older.say_twice(folder, twin.config)
     _write_keep(folder / KEEP, original_config, groups, whole, layout)
     _write_index(folder)
     return Written(layout, twin.config.model_type if config else UNEVEN, dtype)
