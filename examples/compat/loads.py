@@ -46,7 +46,8 @@ for name, (folder, tokens, tokenizer) in asked["folders"].items():
         model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
         with torch.no_grad():
             logits = model(torch.tensor(tokens)).logits
-        save_file({"logits": logits.contiguous()}, f"{asked['answers']}/{name.replace('/', ' of ')}.safetensors")
+        file = name.replace("/", " of ") + ".safetensors"
+        save_file({"logits": logits.contiguous()}, Path(asked["answers"], file))
         ids = AutoTokenizer.from_pretrained(folder)(asked["text"])["input_ids"] if tokenizer else []
         told[name] = {"ids": ids}
     except Exception as error:
