@@ -79,15 +79,14 @@ def part(place: Place, arm: str) -> dict[str, Any]:
         torch.tensor(seeds),
     ).accuracy  # fmt: skip
     norms = torch.cat([s.sqrt() for s in squares(nets)], dim=1)
-    price = {
-        code: prices(nets, layout(setting.task, [[asked]], setting.score_samples, place.device),
-                     torch.tensor(seeds, device=place.device), entries=place.preset.entries)
-        for code, asked in (("kept", setting.kept), ("other", setting.other))
-    }  # fmt: skip
+    price = prices(
+        nets, layout(setting.task, [[setting.kept]], setting.score_samples, place.device),
+        torch.tensor(seeds, device=place.device), entries=place.preset.entries,
+    )  # fmt: skip
     tasks = {"kept": setting.kept, "other": setting.other}
 
     def rows(name: str, at: Sequence[float], recovery: Recovery, **asked: Any) -> Any:
-        keep = decisions(nets, price["kept"], at, "paper", seeds)
+        keep = decisions(nets, price, at, "paper", seeds)
         todo = []
         for fresh in (False, True) if asked.pop("and_fresh", False) else (False,):
             todo += jobs(keep, seeds=seeds, way=arm, sparsities=at, fresh=fresh, **asked)
@@ -107,11 +106,6 @@ def part(place: Place, arm: str) -> dict[str, Any]:
         "whole": {"kept": both[:, 0].tolist(), "other": both[:, 1].tolist()},
         "zero_share": (norms == 0).float().mean(1).tolist(),
         "norms": norms.sort(dim=1).values.tolist(),
-        "same_units": [
-            exact.rank_correlation(*(torch.cat([p[n] for p in price[c]]).abs().tolist()
-                                     for c in ("kept", "other")))
-            for n in seeds
-        ],
         "limits": {field: limits(kept, seeds, field) for field in ("before", "after")},
         "rows": short,
         "longer": longer,
@@ -162,7 +156,6 @@ def claim_6(parts: Mapping[str, Mapping[str, Any]], known: Sequence[int]) -> dic
             "kept without recovery, to": of(part["limits"]["before"]["unbroken"]),
             "kept with recovery, to": of(part["limits"]["after"]["largest"]),
             "zero_share": of(part["zero_share"]),
-            "rank correlation of prices, kept and other": of(part["same_units"]),
             "other after recovery": {
                 str(s): exact.mean(by_place(selected(other, sparsity=s), "after", known))
                 for s in sparsities

@@ -155,8 +155,9 @@ def quick() -> Preset:
         pruning=Pruning(
             Task(6, 18, 3), kept=(0, 1, 2), other=(3, 4, 5), seeds=5, depth=3, per_code=128,
             training={w: Settings(steps, lr=3e-3, eps=1e-5)
-                      for w, steps in ((64, 5000), (128, 3500), (256, 2500))},
-            sparsities=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95),
+                      for w, steps in ((64, 5000), (128, 3500), (256, 3500))},
+            sparsities=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.84, 0.87, 0.9, 0.92, 0.94,
+                        0.96),
             recovery=Recovery(Settings(500, lr=3e-3), 256),
             score_samples=500, measured_samples=2000,
         ),
@@ -168,7 +169,7 @@ def quick() -> Preset:
                 "proximal": Settings(2000, lr=3e-3, strength=1.0, way="proximal"),
                 "none": Settings(2000, lr=3e-3),
             },
-            sparsities=(0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9),
+            sparsities=(0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.84, 0.87, 0.9, 0.92),
             longer=Recovery(Settings(2500, lr=3e-3), 256), longer_at=(0.5,),
         ),
         timing=Timing(turns=5, steps=20),
