@@ -832,6 +832,7 @@ def test_a_run_has_both_ways_and_repeats_none(
     assert (tmp_path / "out" / "results.json").read_bytes() == before
 
 
+@pytest.mark.long
 def test_a_run_that_is_stopped_goes_on_to_the_same_numbers(
     mnist: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
