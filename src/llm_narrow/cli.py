@@ -18,7 +18,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from . import __doc__ as about
-from . import cli_explain, cli_make, cli_prices, cli_proof, cli_show
+from . import cli_explain, cli_make, cli_paper, cli_prices, cli_proof, cli_show
 from .allocator import keep_freed_memory
 from .errors import NarrowError
 
@@ -55,7 +55,7 @@ for command in (
     cli_make.prune, cli_make.regularize, cli_make.recover, cli_make.resume, cli_make.score,
     cli_make.compare, cli_make.convert, cli_make.export, cli_show.bench, cli_show.report,
     cli_explain.explain, cli_prices.prices, cli_proof.relearn, cli_proof.certify, cli_proof.gate,
-    cli_show.inspect, cli_show.models, cli_show.domains,
+    cli_show.inspect, cli_show.models, cli_show.domains, cli_paper.paper,
 ):  # fmt: skip
     app.command()(command)
 
