@@ -103,3 +103,11 @@ def test_what_cannot_go_is_told_with_the_reason_beside_what_can(
     assert "one query head for each key/value head" in " ".join(done.out.split())
     assert "Beside units" in done.out and "24 channels" in done.out
     assert "Prices of each kind" in done.out
+
+
+def test_a_kind_that_there_is_not_is_refused_with_all_that_there_are(
+    run: Any, model_folder: Path, domain_folder: Path
+) -> None:
+    done = run("prices", model_folder, "--domain", domain_folder, "--kinds", "query-heads")
+    assert done.code == 2 and not done.out
+    assert "query-heads" in done.err and "query_heads" in done.err and "neurons" in done.err

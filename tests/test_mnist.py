@@ -1,16 +1,10 @@
-"""The MNIST experiment: digits, batched against single, removed against masked, races, runs.
-
-The modules of examples/mnist are imported here once and taken out of sys.modules again, since
-other examples have modules of the same names.
-"""
+"""The MNIST experiment: digits, batched against single, removed against masked, races, runs."""
 
 import gzip
 import hashlib
-import importlib
 import io
 import json
 import math
-import os
 import random
 import struct
 import sys
@@ -29,29 +23,13 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from example_modules import opened
 from llm_narrow import penalties, plan, units
 from llm_narrow import state as states
 from llm_narrow.errors import BadInput, UnknownName, Unreachable
 from llm_narrow.families import find_groups
 
-FOLDER = Path(__file__).resolve().parent.parent / "examples" / "mnist"
-NAMES = [p.stem for p in sorted(FOLDER.glob("*.py"))]
-
-
-def opened() -> dict[str, Any]:
-    """All modules of the example, by name."""
-    others = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return {name: importlib.import_module(name) for name in NAMES}
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in NAMES:
-            sys.modules.pop(name, None)
-        sys.modules.update(others)
-
-
-M = opened()
+M = opened("mnist")
 digits, network, train, race, methods, choosing, exact, presets = (
     M[name] for name in
     ("digits", "network", "train", "race", "methods", "choosing", "exact", "presets")
@@ -907,4 +885,3 @@ def test_paper_and_quick_are_what_they_say() -> None:
                 for name, arm in way.arms.items():  # the paper's lasso overshoots its sizes
                     if way.rule == "median" or name != "lasso":
                         assert min(abs(math.log(s / size)) for s in arm.sizes) < 0.03
-    assert os.fspath(FOLDER).endswith("mnist")

@@ -4,7 +4,6 @@ Results of the toy experiments are put together by the examples' own functions f
 and those of commands by the library's own rows and answers, so that formats cannot drift apart.
 """
 
-import importlib
 import json
 import math
 import shlex
@@ -20,6 +19,7 @@ import torch
 import typer
 
 from commands import Done, refused
+from example_modules import opened
 from llm_narrow import (
     channels,
     cli,
@@ -43,23 +43,8 @@ from llm_narrow.rows import Estimate, Row
 from llm_narrow.scores import CRITERIA, score
 from tiny import batch, tiny
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 YES, NO, OPEN = "reproduced", "not reproduced", "open at this budget"
 SHORT = {"y": YES, "n": NO, "o": OPEN}
-
-
-def opened(folder: str) -> dict[str, Any]:
-    """The modules of an example by name, which other examples have too."""
-    names = [p.stem for p in sorted((EXAMPLES / folder).glob("*.py"))]
-    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.path.insert(0, str(EXAMPLES / folder))
-    try:
-        return {name: importlib.import_module(name) for name in names}
-    finally:
-        sys.path.remove(str(EXAMPLES / folder))
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(others)
 
 
 PARITY, MNIST, PAPER = opened("parity"), opened("mnist"), opened("paper")

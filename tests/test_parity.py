@@ -1,14 +1,8 @@
-"""The parity experiments: the task, batched against single, cut against removed, runs and resuming.
+"""The parity experiments: batched against single, cut against removed, runs and resuming."""
 
-The modules of examples/parity are imported here once and taken out of sys.modules again, since
-other examples have modules of the same names.
-"""
-
-import importlib
 import json
 import math
 import random
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,29 +13,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from example_modules import opened
 from llm_narrow import penalties, plan, refit, scores, units
 from llm_narrow import state as states
 from llm_narrow.errors import BadInput, UnknownName
 from llm_narrow.families import find_groups
 
-FOLDER = Path(__file__).resolve().parent.parent / "examples" / "parity"
-NAMES = [p.stem for p in sorted(FOLDER.glob("*.py"))]
-
-
-def opened() -> dict[str, Any]:
-    """All modules of the example, by name."""
-    others = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return {name: importlib.import_module(name) for name in NAMES}
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in NAMES:
-            sys.modules.pop(name, None)
-        sys.modules.update(others)
-
-
-M = opened()
+M = opened("parity")
 task, network, train, ablation, exact = (
     M[name] for name in ("task", "network", "train", "ablation", "exact")
 )

@@ -7,6 +7,7 @@ name rather than bought.
 """
 
 import copy
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -93,9 +94,10 @@ def _vocabulary(
             continue
         seen.add(left)
         text = cut.translated(ground.blocks, now)
+        ids = hashlib.sha256(cut.new_ids.numpy().tobytes()).hexdigest()[:16]
         yield _option(
             start, ground, "vocabulary", f"--kinds vocabulary --vocabulary-threshold {threshold}",
-            (left, rows), now.loaded.model, text, f"vocabulary {left}",
+            (left, rows), now.loaded.model, text, f"vocabulary {left} {ids}",
         )  # fmt: skip
 
 

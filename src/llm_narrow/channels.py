@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from .errors import BadInput
 from .families import find_groups
 from .families_slices import head_size
-from .norms import EPSILONS, WideNorm, over
+from .norms import WideNorm, epsilon_name, over
 from .stock import WIDE, uniform_config
 from .units import Group, Slice, mask, remove
 from .verify import TOLERANCE
@@ -254,22 +254,18 @@ def _norms(model: Any, group: Group) -> list[Any]:
     """The norms over the stream: modules of one row of weights, a number for each channel."""
     rows = [s.module for s in group.writes if model.get_parameter(s.param).dim() == 1]
     found = [model.get_submodule(name) for name in rows]
-    return [m for m in found if not isinstance(m, nn.Linear) and _epsilon(m) is not None]
-
-
-def _epsilon(module: Any) -> str | None:
-    return next((name for name in EPSILONS if isinstance(getattr(module, name, None), float)), None)
+    return [m for m in found if not isinstance(m, nn.Linear) and epsilon_name(m) is not None]
 
 
 def _epsilon_shared(model: Any, norms: Sequence[Any]) -> bool:
     """Whether norms of something else have an epsilon, which config.json says once for all."""
     own = {id(m) for m in norms}
-    return any(_epsilon(m) is not None and id(m) not in own for m in model.modules())
+    return any(epsilon_name(m) is not None and id(m) not in own for m in model.modules())
 
 
 def _grow_epsilons(model: Any, norms: Sequence[Any], grow: float) -> None:
     for norm in norms:
-        name = _epsilon(norm)
+        name = epsilon_name(norm)
         assert name is not None
         setattr(norm, name, getattr(norm, name) * grow**2)
     keys = [k for k in model.config.to_dict() if k.endswith(("norm_eps", "norm_epsilon"))]

@@ -55,10 +55,13 @@ class WideNorm(nn.Module):
 
 def epsilon(module: Any) -> float:
     """What a norm adds to the variance, by any of its names. KeyError for a norm unknown here."""
-    for name in EPSILONS:
-        if isinstance(found := getattr(module, name, None), float):
-            return found
-    return FIXED[type(module).__name__]
+    name = epsilon_name(module)
+    return FIXED[type(module).__name__] if name is None else float(getattr(module, name))
+
+
+def epsilon_name(module: Any) -> str | None:
+    """The attribute that a norm keeps its epsilon in; None of what has none."""
+    return next((name for name in EPSILONS if isinstance(getattr(module, name, None), float)), None)
 
 
 def takes_mean(module: Any) -> bool:

@@ -14,9 +14,10 @@ from . import __version__, beside, inputs, processes, scoring
 from . import recipe as recipes
 from .beside import BESIDE, Beside, Option
 from .blocks import Blocks
+from .budget import PRICED
 from .cache import cache_dir
 from .cost import size
-from .errors import BadInput
+from .errors import BadInput, UnknownName
 from .inputs import Inputs, begin
 from .manifest import Clock
 from .plan import Plan
@@ -215,9 +216,16 @@ def _bytes(blocks: Blocks) -> float:
 def _sorted(
     kinds: Sequence[str] | None,
 ) -> tuple[Sequence[str] | None, tuple[Beside, ...]]:
-    """Kinds of units and parts of layers, None for all; and those beside them."""
+    """Kinds of units and parts of layers, None for all; and those beside them.
+
+    Raises UnknownName for what is neither.
+    """
     if kinds is None:
         return None, BESIDE
+    known = (*PRICED, *BESIDE)
+    for kind in kinds:
+        if kind not in known:
+            raise UnknownName("kind", kind, known)
     return [k for k in kinds if k not in BESIDE], tuple(k for k in BESIDE if k in kinds)
 
 
