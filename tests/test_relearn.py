@@ -503,3 +503,17 @@ def test_domains_are_as_everywhere(place: Path, tmp_path: Path) -> None:
         out=tmp_path / "audit", **{**ASKED, "tokens": 256, "lrs": "1e-3", "seeds": 1},
     )  # fmt: skip
     assert found.subjects[0].model == str(moved)
+
+
+def test_fresh_weights_have_the_shape_of_a_model_without_halves_of_layers(
+    prune: Any, tmp_path: Path
+) -> None:
+    done = prune("--kinds", "mlp,neurons", "--target-params", "70%", "--multiple", "1")
+    assert done.code == 0, done.err
+    loaded = load(str(tmp_path / "run"))
+    fresh = relearn_cells._fresh(loaded, 0)
+    own, new = (
+        {n: tuple(p.shape) for n, p in m.named_parameters()} for m in (loaded.model, fresh)
+    )
+    assert own == new
+    assert 0 in {n for shape in own.values() for n in shape}  # a half really went
