@@ -516,4 +516,6 @@ def test_fresh_weights_have_the_shape_of_a_model_without_halves_of_layers(
         {n: tuple(p.shape) for n, p in m.named_parameters()} for m in (loaded.model, fresh)
     )
     assert own == new
+    made = [[type(part) for part in m.modules()] for m in (loaded.model, fresh)]
+    assert made[0] == made[1]  # nothing stands where a half went, in both
     assert 0 in {n for shape in own.values() for n in shape}  # a half really went
