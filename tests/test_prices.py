@@ -24,10 +24,10 @@ from llm_narrow.depth import layers_of
 from llm_narrow.errors import BadInput, UnknownName
 from llm_narrow.families import find_groups
 from llm_narrow.losses import language_loss
-from llm_narrow.prices import Prices, price, removals, spearman
+from llm_narrow.prices import Prices, price, rate_of, removals, spearman
 from llm_narrow.scores import score
 from llm_narrow.spend import spend
-from llm_narrow.trials import Log, Text, Trials
+from llm_narrow.trials import Log, Measured, Text, Trials
 from tiny import CONFIGS, batch, tiny
 
 FAMILIES = sorted(set(CONFIGS) - {"mlp"})
@@ -42,6 +42,16 @@ def text(kind: str = "llama") -> Text:
 def loss(model: Any, of: Text) -> float:
     with torch.no_grad():
         return sum(float(language_loss(model, b)) for b in of.measured) / of.targets
+
+
+@torch.no_grad()
+def divergence(whole: Any, narrow: Any, of: Text) -> float:
+    """The mean of KL(whole || narrow) over all positions that have a next token."""
+    found = 0.0
+    for b in of.measured:
+        p, q = (m(b).logits[:, :-1].double().log_softmax(-1) for m in (whole, narrow))
+        found += float((p.exp() * (p - q)).sum())
+    return found / of.targets
 
 
 def everything(model: Any) -> list[Removal]:
@@ -73,10 +83,11 @@ def test_a_trial_is_what_removing_really_does(kind: str) -> None:
     books, trying = ledger(model, layers), Trials(model, whole, on, Log())
     before = {name: p.clone() for name, p in model.named_parameters()}
     found = everything(model)
-    for removal, increase in zip(found, trying.increases(found), strict=True):
+    for removal, rise in zip(found, trying.rises(found), strict=True):
         cut, decision = copy.deepcopy(model), whole.without(layers, removal)
         carry_out(cut, decision, on.fitted, sequential=False)
-        assert loss(cut, on) - loss(model, on) == pytest.approx(increase, abs=1e-4)
+        assert loss(cut, on) - loss(model, on) == pytest.approx(rise.loss, abs=1e-4)
+        assert divergence(model, cut, on) == pytest.approx(rise.divergence, abs=1e-4)
         left = books.total(decision.kept, decision.layers.tolist())
         assert left.parameters == sum(p.numel() for p in cut.parameters())
         assert left.flops == pytest.approx(flops_per_token(cut))
@@ -105,16 +116,17 @@ def test_a_trial_in_a_narrowed_model_is_what_removing_both_does() -> None:
     narrow = copy.deepcopy(model)
     carry_out(narrow, first, on.fitted)
     assert trying.loss() == pytest.approx(loss(narrow, on), abs=1e-5)
-    for removal, increase in zip(tried[:2], trying.increases(tried[:2]), strict=True):
+    assert trying.divergence() == pytest.approx(divergence(model, narrow, on), abs=1e-5)
+    for removal, rise in zip(tried[:2], trying.rises(tried[:2]), strict=True):
         cut = copy.deepcopy(model)
         carry_out(cut, first.without(layers, removal), on.fitted)
         if removal.kind == "layers":  # the readers of the rest were refitted with it still there
-            assert increase == pytest.approx(loss(cut, on) - trying.loss(), abs=0.2)
-        assert math.isfinite(increase)
-    (increase,) = trying.increases(tried[2:])
+            assert rise.loss == pytest.approx(loss(cut, on) - trying.loss(), abs=0.2)
+        assert math.isfinite(rise.loss) and math.isfinite(rise.divergence)
+    (rise,) = trying.rises(tried[2:])
     stays = first.keep[tried[2].group]
     assert not stays[[1, 4, 7]].any() and stays[[0, 2, 40]].all()
-    assert increase != 0
+    assert rise.loss != 0 and rise.divergence != 0
 
 
 def test_layers_that_come_before_are_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,10 +140,10 @@ def test_layers_that_come_before_are_not_run_again(monkeypatch: pytest.MonkeyPat
             ran.append(number)
 
         layer.self_attn.o_proj.register_forward_pre_hook(count)
-    trying.increases([Removal("mlp", 2)])
+    trying.rises([Removal("mlp", 2)])
     assert sorted(set(ran)) == [2, 3]
     ran.clear()
-    trying.increases([Removal("layers", 2)])
+    trying.rises([Removal("layers", 2)])
     assert sorted(set(ran)) == [3]
 
 
@@ -143,7 +155,7 @@ def test_what_was_measured_is_not_measured_again(
     file, count = tmp_path / "prices" / "x.jsonl", 0
     really = Trials._measured
 
-    def counting(self: Trials, removal: Removal | None) -> float:
+    def counting(self: Trials, removal: Removal | None) -> Measured:
         nonlocal count
         count += 1
         if stop_at and count > stop_at:
@@ -235,6 +247,34 @@ def test_a_power_law_is_found_and_followed() -> None:
     wanted = 0.5 * float(shares[50] / shares[20]) ** 1.7
     assert float(found.by_units(scores)[50]) == pytest.approx(wanted)
     assert float(found.by_units(scores)[0]) == 0.0
+
+
+def test_a_curve_goes_through_what_was_tried() -> None:
+    """Between two trials it is their own power law; what cost nothing bends nothing."""
+    scores = torch.ones(100)  # shares are numbers
+    found = curve("g", 0, scores, {20: 0.01, 50: 0.2}, power=1.5, whole=4.0).by_units(scores)
+    assert found[[20, 50, 100]].tolist() == pytest.approx([0.01, 0.2, 4.0])
+    assert float(found[10]) == pytest.approx(0.01 * 0.5**1.5)
+    own = math.log(4.0 / 0.2) / math.log(2)
+    assert float(found[70]) == pytest.approx(0.2 * 1.4**own)
+    flat = curve("g", 0, scores, {20: -0.006}, power=1.5, whole=0.9).by_units(scores)
+    assert float(flat[50]) == pytest.approx(0.9 * 0.5**1.5)
+
+
+def test_the_rate_is_that_of_small_removals() -> None:
+    rises = [Measured(0.03, 0.02), Measured(-0.01, 0.02), Measured(9.0, 8.0), Measured(1.0, 0.0)]
+    assert rate_of(rises) == pytest.approx(0.02 / 0.04)
+    assert rate_of([Measured(-0.03, 0.02)]) == pytest.approx(0.1)
+    assert rate_of([Measured(9.0, 8.0)]) == 1.0
+
+
+def test_prices_are_of_divergence_and_tell_the_loss_beside_it() -> None:
+    model, on = tiny("llama", num_hidden_layers=4), text()
+    found, trying = priced(), Trials(model, Decision.whole(layers_of(model)), on, Log())
+    for one in found.large:
+        (rise,) = trying.rises([one.removal])
+        assert one.increase == pytest.approx(found.rate * rise.divergence)
+        assert one.measured == pytest.approx(rise.loss)
 
 
 def test_lowest_scores_go_first() -> None:

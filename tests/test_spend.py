@@ -22,7 +22,7 @@ from llm_narrow.purchases import Limits
 from llm_narrow.scores import score
 from llm_narrow.spend import Floors, Outside, Spent, spend
 from llm_narrow.spend_even import spend_even
-from llm_narrow.trials import Log, Text, Trials
+from llm_narrow.trials import Log, Measured, Text, Trials
 from test_prices import loss
 from tiny import batch, tiny
 
@@ -211,11 +211,15 @@ class Made:
         )  # fmt: skip
         return sum(p.increase for p in gone) + clash
 
-    def increases(self, removals: Iterable[Removal]) -> list[float]:
+    def divergence(self) -> float:
+        return self.cost(self.decision)
+
+    def rises(self, removals: Iterable[Removal]) -> list[Measured]:
         asked: Sequence[Removal] = list(removals)
         self.tried.extend(asked)
         now = self.cost(self.decision)
-        return [self.cost(self.decision.without(LAYERS, r)) - now for r in asked]
+        rises = [self.cost(self.decision.without(LAYERS, r)) - now for r in asked]
+        return [Measured(rise, rise) for rise in rises]
 
 
 def test_prices_that_interact_are_seen_and_most_are_never_measured_again() -> None:
@@ -293,6 +297,8 @@ def test_the_best_even_model_is_found_and_measured() -> None:
     cut = tiny("llama", num_hidden_layers=4)
     carry_out(cut, best.decision, text.fitted)
     assert best.measured == pytest.approx(loss(cut, text), abs=1e-5)
+    told = Trials(MODEL, best.decision, text, log)
+    assert best.divergence == pytest.approx(told.divergence())
     with pytest.raises(TargetOutOfReach, match="even widths"):
         spend_even(prices, {"parameters": 100})
 

@@ -1,9 +1,10 @@
 """What it costs to remove neurons: curves over the share of the score that goes with them.
 
-There are too many neurons to try each. They go in the order of their scores, and the loss is
-measured after a few shares of them went: at several in some layers, at one in each of the others.
+There are too many neurons to try each. They go in the order of their scores, and what it costs is
+measured after a few shares of them went: at several in some layers, at two in each of the others.
 With s the share of the layer's summed score that has gone, the rise of the loss is taken to be
-c s^b: b is one number for the whole model, c belongs to the layer.
+c s^b between two trials: the power law through both. Before the first trial and after the last, b
+is one number for the whole model.
 """
 
 import math
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5)  # of a layer's neurons, tried in some layers
-PROBE = 0.2  # the one tried in each
+PROBES = (0.2, 0.5)  # those tried in each
+KNOTS = (*SHARES, 0.6, 0.7, 0.8, 0.9)  # where a curve bends
 Points = Sequence[tuple[float, float]]  # share of the summed score, rise of the loss
 
 
@@ -81,21 +83,30 @@ def curve(
 ) -> Curve:
     """The curve of a group from the numbers of neurons that were tried and what each cost.
 
-    `whole` is what it costs to remove all of them, where that was tried. With fewer than three
-    trials the points between are those of the power law.
+    `whole` is what it costs to remove all of them, where that was tried. What cost nothing when it
+    was tried tells nothing of what is near it, and is left out.
     """
     shares = gone(scores)
-    points = [(float(shares[n]), d) for n, d in sorted(tried.items())]
-    if len(points) < 3:
-        factors = [max(d, 0.0) / s**power for s, d in points if s > 0]
-        factor = sum(factors) / len(factors) if factors else 0.0
-        numbers = [round(x * len(scores)) for x in (*SHARES, 0.7, 0.85)]
-        points = [(float(shares[n]), factor * float(shares[n]) ** power) for n in numbers]
-        if whole is None:
-            points.append((1.0, factor))
+    known = [(float(shares[n]), d) for n, d in sorted(tried.items())]
     if whole is not None:
-        points.append((1.0, whole))
+        known.append((1.0, whole))
+    known = [(s, d) for s, d in known if s > 0 and d > 0]
+    numbers = sorted({*tried, *(round(x * len(scores)) for x in KNOTS), len(scores)})
+    points = [(float(shares[n]), _between(float(shares[n]), known, power)) for n in numbers]
     return Curve(group, layer, convex(points), tuple(sorted(tried.items())))
+
+
+def _between(share: float, known: Points, power: float) -> float:
+    """The power law through the two trials around the share, or through the one next to it."""
+    below = [(s, d) for s, d in known if s <= share]
+    above = [(s, d) for s, d in known if s > share]
+    if not known or share <= 0:
+        return 0.0
+    if not below or not above:
+        s, d = below[-1] if below else above[0]
+        return float(d * (share / s) ** power)
+    (s, d), (t, e) = below[-1], above[0]
+    return float(d * (share / s) ** (math.log(e / d) / math.log(t / s)))
 
 
 def convex(points: Points) -> tuple[tuple[float, float], ...]:

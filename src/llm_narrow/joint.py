@@ -2,10 +2,11 @@
 
 Large units are priced by removing each of them really, neurons by score on curves that a few real
 removals draw, and what is cheapest for what it saves goes first, with prices measured again on the
-way. Widths come out uneven.
+way. Widths come out uneven. The best of the models whose layers all have the same widths is
+measured beside that, and taken where it is no farther from the whole model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,12 +22,14 @@ from .depth import layers_of, shortened
 from .errors import BadInput, TargetOutOfReach
 from .inputs import Inputs
 from .plan import Plan
+from .prices import Prices
 from .progress import Track
-from .purchases import Floors, Tried
+from .purchases import Floors, Spent, Tried
 from .recipe import Recipe
 from .refit import RefitFacts
 from .sections import target_bytes
 from .spend import spend
+from .spend_even import spend_even
 from .units import Group, Keep, Scores
 
 
@@ -86,6 +89,7 @@ def planned(
     fit_tokens = min(pricing.FIT_TOKENS, recipe.score.tokens)
     ground = pricing.ground_of(start, recipe, fit_tokens=fit_tokens, track=track)
     prices = pricing.listed(start, ground, scores, kinds=kinds, track=track)
+    on: Callable[[Decision], Tried] = ground.trials(start.loaded.model)
     measured = 0
 
     def trials(decision: Decision) -> Tried:
@@ -93,22 +97,52 @@ def planned(
         if measured:
             console.print(f"Round {measured}: refitting and measuring what is left so far")
         measured += 1
-        tried: Tried = ground.trials(start.loaded.model)(decision)
-        return tried
+        return on(decision)
 
+    floors = Floors(layers=p.keep_layers or 1)
     (spent,) = spend(
-        prices, wanted, kinds=kinds, multiple=p.multiple, trials=trials,
-        floors=Floors(layers=p.keep_layers or 1),
-    )  # fmt: skip
+        prices, wanted, kinds=kinds, multiple=p.multiple, trials=trials, floors=floors
+    )
+    beside = _even(prices, wanted, kinds, p.multiple, floors, on, console)
+    uneven = spent.divergence
+    if beside is not None and _apart(beside) <= _apart(spent):
+        spent = beside
+        console.print("Even widths are no farther from the whole model, so they are taken")
     plan = pricing.plan_of(start, spent)
     entry = next(start.loaded.model.parameters()).element_size()
     plan = replace(plan, parameters_before=parameters, bytes_before=parameters * entry)
     facts = spent.facts()
     correlation = prices.facts()["correlation_of_scores"]
     return plan, {
-        **facts, "wanted": dict(wanted), "tokens": prices.targets,
+        **facts, "wanted": dict(wanted), "even": spent is beside,
+        "divergence_of_uneven": uneven,
+        "divergence_of_even": None if beside is None else beside.divergence,
+        "tokens": prices.targets,
         "correlation_of_scores": correlation,
     }  # fmt: skip
+
+
+def _even(
+    prices: Prices, wanted: Mapping[str, float], kinds: Sequence[str], multiple: int,
+    floors: Floors, trials: Callable[[Decision], Tried], console: Console,
+) -> Spent | None:  # fmt: skip
+    """The best even model within the limits, measured; None where none keeps them."""
+
+    def told(decision: Decision) -> Tried:
+        console.print("Even widths beside it: refitting and measuring")
+        return trials(decision)
+
+    try:
+        return spend_even(
+            prices, wanted, kinds=kinds, floors=floors, multiple=multiple, trials=told
+        )
+    except TargetOutOfReach:
+        return None
+
+
+def _apart(spent: Spent) -> float:
+    assert spent.divergence is not None  # with trials it is measured
+    return spent.divergence
 
 
 def carried_out(

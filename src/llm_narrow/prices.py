@@ -6,7 +6,7 @@ KV groups had a rank correlation of 0.10 with what it really cost to remove them
 ones (neurons) by score, on curves that a few real removals draw.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,23 +14,31 @@ import torch
 from torch import Tensor
 
 from .budget import Amounts, Ledger, PricedKind, Removal, kinds_of, ledger
-from .curves import PROBE, SHARES, Curve, curve, exponent, gone
+from .curves import PROBES, SHARES, Curve, curve, exponent, gone
 from .decision import Decision
 from .depth import Layer, layers_of
 from .errors import UnknownName
 from .progress import Track, silent
-from .trials import Log, Text, Trials
+from .trials import Log, Measured, Text, Trials
 from .units import Group, Scores
+
+SMALL = 0.1  # nats per token: the divergence of removals that are small
+LEAST_RATE = 0.1
 
 
 @dataclass(frozen=True)
 class Price:
-    """One large removal: what it cost when it was tried alone, in nats per token, and saves."""
+    """One large removal: what it cost when it was tried alone, in nats per token, and saves.
+
+    `increase` is what the loss is expected to rise by: the divergence that was measured, times the
+    list's `rate`. `measured` is by how much the loss really rose, noise and all.
+    """
 
     removal: Removal
     increase: float
     saves: Amounts
     score: float | None  # the summed scores of its units, for single units
+    measured: float | None = None
 
     def per(self, resource: str, unit: float = 1.0) -> float:
         """Nats per token for each `unit` of the resource saved; infinite where none is."""
@@ -51,6 +59,7 @@ class Prices:
     curves: tuple[Curve, ...]
     power: float  # of the curves
     scores: Scores
+    rate: float = 1.0  # how much the loss rises for each nat of divergence from the whole model
 
     @property
     def groups(self) -> dict[str, Group]:
@@ -85,11 +94,12 @@ class Prices:
                 kind: found for kind in self.kinds if (found := self.correlation(kind)) is not None
             },
             "power": self.power,
+            "rate": self.rate,
             "large": [
                 {
                     "kind": p.removal.kind, "layer": p.removal.layer, "group": p.removal.group,
-                    "units": p.removal.units, "increase": p.increase, "saves": asdict(p.saves),
-                    "score": p.score,
+                    "units": p.removal.units, "increase": p.increase, "measured": p.measured,
+                    "saves": asdict(p.saves), "score": p.score,
                 }
                 for p in self.large
             ],
@@ -109,14 +119,14 @@ def price(
     log: Log | None = None,
     shares: Sequence[float] = SHARES,
     curves: int = 4,
-    probe: float = PROBE,
+    probes: Sequence[float] = PROBES,
     bytes_per_token: float = 1.0,
     track: Track = silent,
 ) -> Prices:
     """Price everything of the kinds given (all that there are) in the model, which is whole.
 
     `scores` are those of all units, `text` the blocks to try on. Of neurons, `shares` are tried in
-    `curves` layers spread over the depth and `probe` in the others. What `log` knows is not tried
+    `curves` layers spread over the depth and `probes` in the others. What `log` knows is not tried
     again, so that the same call goes on after a stop. Raises UnknownName for a kind that the model
     does not have.
     """
@@ -131,13 +141,15 @@ def price(
     whole = Decision.whole(layers)
     trials = Trials(model, whole, text, log or Log())
     large = [r for layer in layers for r in removals(layer) if r.kind in chosen]
-    small = _tries(groups, layers, scores, shares, curves, probe) if "neurons" in chosen else {}
+    small = _tries(groups, layers, scores, shares, curves, probes) if "neurons" in chosen else {}
     if "neurons" in chosen and "mlp" not in chosen:
         ends = [r for layer in layers for r in removals(layer) if r.kind == "mlp"]
     else:
         ends = [r for r in large if r.kind == "mlp"]
     every = list(dict.fromkeys([*large, *ends, *(r for own in small.values() for r in own)]))
-    cost = dict(zip(every, trials.increases(every, track), strict=True))
+    rises = dict(zip(every, trials.rises(every, track), strict=True))
+    rate = rate_of(rises.values())
+    cost = {removal: rate * rise.divergence for removal, rise in rises.items()}
     drawn, power = _drawn(layers, scores, small, cost)
     return Prices(
         loss=trials.loss(),
@@ -146,11 +158,13 @@ def price(
         layers=layers,
         ledger=books,
         large=tuple(
-            Price(r, cost[r], saved(books, whole, r), _score(scores, r)) for r in large
+            Price(r, cost[r], saved(books, whole, r), _score(scores, r), rises[r].loss)
+            for r in large
         ),
         curves=drawn,
         power=power,
         scores={g.name: scores[g.name] for g in groups if g.kind == "neurons" and small},
+        rate=rate,
     )  # fmt: skip
 
 
@@ -177,6 +191,17 @@ def saved(books: Ledger, decision: Decision, removal: Removal) -> Amounts:
     return before - books.of(removal.layer, decision.without(books.layers, removal).kept)
 
 
+def rate_of(rises: Iterable[Measured]) -> float:
+    """By how much the loss rises for each nat of divergence, over the smaller of the removals.
+
+    Where a model says what the text does, the two are equal in the mean. One that has never seen
+    text like it may even gain by leaving itself behind; the rate is then held at a tenth.
+    """
+    small = [rise for rise in rises if 0 < rise.divergence < SMALL]
+    apart = sum(rise.divergence for rise in small)
+    return max(LEAST_RATE, sum(rise.loss for rise in small) / apart) if apart else 1.0
+
+
 def lowest(scores: Tensor, count: int) -> tuple[int, ...]:
     """The lowest-scored units, ascending by number."""
     return tuple(sorted(scores.argsort(stable=True)[:count].tolist()))
@@ -201,7 +226,7 @@ def _tries(
     scores: Scores,
     shares: Sequence[float],
     curves: int,
-    probe: float,
+    probes: Sequence[float],
 ) -> dict[str, list[Removal]]:
     """Per group of neurons, the removals to try."""
     at = {g.name: layer.number for layer in layers for g in layer.groups}
@@ -209,7 +234,7 @@ def _tries(
     places = torch.linspace(0, len(rows) - 1, min(curves, len(rows))).round().long().tolist()
     found = {}
     for number, g in enumerate(rows):
-        asked = shares if number in places else (probe,)
+        asked = shares if number in places else probes
         counts = dict.fromkeys(min(max(1, round(x * g.size)), g.size - 1) for x in asked)
         found[g.name] = [
             Removal("neurons", at[g.name], g.name, lowest(scores[g.name], n)) for n in counts if n

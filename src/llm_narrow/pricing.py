@@ -26,7 +26,7 @@ from .progress import Track, silent
 from .purchases import Spent
 from .recipe import Recipe
 from .spend import spend
-from .trials import Log, Text, Trials
+from .trials import Log, Measured, Text, Trials
 
 if TYPE_CHECKING:
     from .figure_style import Drawn
@@ -54,11 +54,12 @@ class Ground:
 
     def known(self, name: str) -> float | None:
         """What was measured before beside decisions about units."""
-        return self.log.known.get((BESIDE_LOG, name))
+        found = self.log.known.get((BESIDE_LOG, name))
+        return None if found is None else found.loss
 
     def add(self, name: str, value: float) -> None:
         """Keep it."""
-        self.log.add(BESIDE_LOG, name, value)
+        self.log.add(BESIDE_LOG, name, Measured(value))
 
 
 @dataclass(frozen=True)

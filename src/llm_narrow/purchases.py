@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 from .budget import Amounts, Removal
 from .curves import convex
 from .decision import Decision
+from .trials import Measured
 from .units import Kind
 
 Limits = Mapping[str, float]  # resource (or bytes) -> the most that may be left of it
@@ -15,14 +16,18 @@ NEVER = float("inf")
 
 
 class Tried(Protocol):
-    """What `trials.Trials` is to the spending: losses of a model, and how much removals add."""
+    """What `trials.Trials` is to the spending: a model's loss, and how much removals add."""
 
     def loss(self) -> float:
         """The loss of the model as it is left, in nats per token."""
         ...
 
-    def increases(self, removals: Iterable[Removal]) -> list[float]:
-        """How much the loss rises with each of the removals alone, in nats per token."""
+    def divergence(self) -> float:
+        """How far it is from the whole model, the mean of KL(whole || it), in nats per token."""
+        ...
+
+    def rises(self, removals: Iterable[Removal]) -> list[Measured]:
+        """How much both rise with each of the removals alone, in nats per token."""
         ...
 
 
@@ -76,7 +81,8 @@ class Spent:
 
     Losses in nats per token on the blocks of the prices, of the decision without what is outside.
     `listed` adds up the prices at which things were bought, `expected` does so from the last
-    measurement on; `measured` is the loss of the decision, refitted.
+    measurement on; `measured` is the loss of the decision, refitted, and `divergence` how far it is
+    from the whole model.
     """
 
     decision: Decision
@@ -88,6 +94,7 @@ class Spent:
     measured: float | None
     steps: tuple[Step, ...]
     checks: tuple[Check, ...]
+    divergence: float | None = None
 
     def facts(self) -> dict[str, Any]:
         """What a manifest tells."""
@@ -100,7 +107,8 @@ class Spent:
             of["increase"] += step.increase
         return {
             "before": self.before, "listed": self.listed, "expected": self.expected,
-            "measured": self.measured, "left": vars(self.left), "outside": self.outside,
+            "measured": self.measured, "divergence": self.divergence,
+            "left": vars(self.left), "outside": self.outside,
             "layers": self.decision.layers.tolist(), "kept": self.decision.kept, "bought": bought,
             "checks": [{**vars(c), "left": vars(c.left)} for c in self.checks],
         }  # fmt: skip

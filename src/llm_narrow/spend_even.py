@@ -1,10 +1,12 @@
 """The same budget where every layer keeps the same widths: what a stock config can hold.
 
 There are few such models: a number of layers, a number of heads, a share of the neurons. All that
-keep the limits are told apart by the price list, and the best few are really measured.
+keep the limits are told apart by the price list, the widest of each number of layers and heads, and
+the best few are really measured.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
 
 from .budget import Removal
@@ -38,7 +40,10 @@ def spend_even(
     allowed = chosen_kinds(prices, kinds)
     found: list[Spent] = []
     least = prices.whole
-    for steps in _models(prices, allowed, floors, multiple):
+    done: set[tuple[int, int]] = set()  # numbers of layers and heads whose widest model is found
+    for shape, steps in _models(prices, allowed, floors, multiple):
+        if shape in done:
+            continue
         decision, left = Decision.whole(prices.layers), prices.whole
         for step in steps:
             assert step.removal is not None
@@ -48,6 +53,7 @@ def spend_even(
             least = left
         if not within(left, limits):
             continue
+        done.add(shape)
         listed = prices.loss + risen(steps)
         found.append(Spent(decision, {}, left, prices.loss, listed, listed, None, tuple(steps), ()))
     if not found:
@@ -59,15 +65,15 @@ def spend_even(
     found.sort(key=lambda spent: spent.listed)
     if trials is None:
         return found[0]
-    measured = [(trials(s.decision).loss(), n) for n, s in enumerate(found[:tries])]
-    loss, best = min(measured)
-    return Spent(**{**vars(found[best]), "measured": loss})
+    tried = [(spent, trials(spent.decision)) for spent in found[:tries]]
+    spent, best = min(tried, key=lambda one: one[1].divergence())
+    return replace(spent, measured=best.loss(), divergence=best.divergence())
 
 
 def _models(
     prices: Prices, kinds: Sequence[str], floors: Floors, multiple: int
-) -> list[list[Step]]:
-    """The steps to every even model that is not larger than it need be for its shape."""
+) -> list[tuple[tuple[int, int], list[Step]]]:
+    """The steps to every even model, with its layers gone and heads kept; the widest first."""
     groups = list(prices.groups.values())
     heads = _changeable(groups, "heads") if "heads" in kinds else []
     neurons = _changeable(groups, "neurons") if "neurons" in kinds else []
@@ -117,7 +123,7 @@ def _models(
             kept = max(1, round(width / widest * g.size / multiple)) * multiple
             if own[g.name] not in dead and width < widest and kept < g.size:
                 steps.append(less(g, g.size - kept))
-        models.append(steps)
+        models.append(((fewer, stay), steps))
     return models
 
 

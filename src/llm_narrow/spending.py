@@ -92,8 +92,8 @@ class Spending:
             if best is None:
                 return
             if tried and self._stale(best):
-                (increase,) = tried.increases([best.removal])  # type: ignore[list-item]
-                self._note(best.removal, increase)  # type: ignore[arg-type]
+                (rise,) = tried.rises([best.removal])  # type: ignore[list-item]
+                self._note(best.removal, self.prices.rate * rise.divergence)  # type: ignore[arg-type]
                 continue
             self._buy(best)
 
@@ -121,7 +121,7 @@ class Spending:
         rounds = steps[-1].round if steps else 0
         start = self.checks[rounds - 1].measured if rounds else self.prices.loss
         dropped = [s for s in self.steps[:number] if s not in steps and s.round < rounds]
-        measured = trials(decision).loss() if trials else None
+        tried = trials(decision) if trials else None
         return Spent(
             decision=decision,
             outside={
@@ -133,9 +133,10 @@ class Spending:
             before=self.prices.loss,
             listed=self.prices.loss + risen(steps),
             expected=start + risen(s for s in steps if s.round == rounds) - risen(dropped),
-            measured=measured,
+            measured=tried.loss() if tried else None,
             steps=tuple(steps),
             checks=tuple(self.checks[:rounds]),
+            divergence=tried.divergence() if tried else None,
         )  # fmt: skip
 
     def _lacking(self) -> float:
@@ -313,7 +314,8 @@ class Spending:
             names = list(pieces)
             places = torch.linspace(0, len(names) - 1, min(3, len(names))).round().long()
             probes = [names[i] for i in dict.fromkeys(places.tolist())]
-            costs = tried.increases([pieces[n] for n in probes])
+            rises = tried.rises([pieces[n] for n in probes])
+            costs = [self.prices.rate * rise.divergence for rise in rises]
             listed = 0.0
             for name in probes:
                 first = self.groups[name].size - self.kept[name]
