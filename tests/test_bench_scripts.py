@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import llm_narrow
 from llm_narrow import checkpoint
 from llm_narrow.errors import UnknownName
 
@@ -226,3 +227,24 @@ def test_steps_times_every_kind_in_turns(script: Any, tmp_path: Path) -> None:
     assert min(found["about"]["peaks"].values()) > 1e8
     table = (tmp_path / "docs" / "result.md").read_text("utf-8").splitlines()
     assert table[2].endswith("| 1.000 |")
+
+
+def test_decode_times_what_llama_cpp_runs(
+    script: Any, tmp_path: Path, model_folder: Path, domain_folder: Path
+) -> None:
+    """Half of the neurons gone: fewer bytes, a speed in every turn, ratios that fit both."""
+    given = {"model": str(model_folder), "domain": str(domain_folder), "length": 32,
+             "calibration_tokens": 128, "held_out_tokens": 128, "speed": False, "samples": 0,
+             "report": False}  # fmt: skip
+    llm_narrow.prune(**given, sparsity=0.5, out=tmp_path / "half")
+    decode, options = script("decode")
+    decode.main([*options, "--runs", str(tmp_path / "half"), "--tokens", "8", "--turns", "3"])
+    whole, half = written(tmp_path)["rows"]
+    assert half["bytes"] < whole["bytes"] and half["name"] == "half"
+    for row in (whole, half):
+        assert len(row["speeds"]) == 3 and min(row["speeds"]) > 0
+        share = row["bytes"] / whole["bytes"]
+        pairs = zip(row["speeds"], whole["speeds"], strict=True)
+        assert row["of_limit"] == pytest.approx(sorted(a / b * share for a, b in pairs))
+    table = (tmp_path / "docs" / "result.md").read_text("utf-8").splitlines()
+    assert table[3].startswith(f"| half | llama | {half['bytes']:,} |")

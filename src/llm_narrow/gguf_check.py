@@ -8,26 +8,23 @@ import itertools
 import json
 import os
 import re
-import secrets
 import statistics
 import subprocess
 import sys
 import tempfile
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from .errors import BadInput, problems
+from .llama_server import PACKAGE, serve
 from .progress import Track, silent
 
 # torch and what needs it is imported where it is used: the process with llama.cpp does not.
 
-PACKAGE = "xllamacpp"
 REPORT = "Nothing was left. Please report this, with the command and the model."
 # Largest |difference of log-probabilities| / largest |logit|, and what a greedy choice may be worse
 # than the best one by, on the same scale. llama.cpp rounds activations to the type of the weights.
@@ -351,29 +348,7 @@ def ask(question: dict[str, Any], *, seconds: float) -> dict[str, Any]:
 def main(place: Path) -> None:
     """Load the file and answer: greedy tokens, log-probabilities of a text, encoded texts."""
     asked = json.loads((place / "question").read_text(encoding="utf-8"))
-    x: Any = import_module(PACKAGE)
-    p = x.CommonParams()
-    p.model.path = asked["file"]
-    p.n_ctx = asked["context"]
-    p.n_parallel = 1
-    p.warmup = False
-    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-    p.cpuparams.n_threads = p.cpuparams_batch.n_threads = threads
-    # The cache in f32 and no fused attention: what differs then is due to the weights.
-    p.cache_type_k = p.cache_type_v = x.ggml_type.GGML_TYPE_F32
-    p.flash_attn_type = x.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    key = secrets.token_hex()  # it listens on a port of this machine
-    p.api_keys = [key]
-    server = x.Server(p)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-
-    def post(path: str, question: dict[str, Any]) -> Any:
-        body = json.dumps(question).encode()
-        url = server.listening_address + path
-        with opener.open(urllib.request.Request(url, body, headers)) as reply:
-            return json.load(reply)
-
+    post = serve(Path(asked["file"]), asked["context"], exact=True)
     greedy: dict[str, Any] = {"temperature": -1, "n_probs": 1, "return_tokens": True}
     answer: dict[str, list[Any]] = {"generated": [], "speed": [], "text": [], "encoded": []}
     for prompt in asked["prompts"]:
