@@ -106,3 +106,16 @@ def test_what_cannot_be_forgotten_is_told(
 
 def test_a_domain_is_not_kept_and_forgotten(prune: Any, domain_folder: Path) -> None:
     refused(prune("--forget", domain_folder), "is the domain to keep")
+
+
+def test_of_a_small_domain_all_text_is_taken(prune: Any, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    for number in range(10):
+        small.mkdir(exist_ok=True)
+        (small / f"{number}.txt").write_text(" ".join(str(n * number) for n in range(60)))
+    done = prune("--forget", small)
+    assert done.code == 0, done.err
+    told = json.loads((tmp_path / "run/manifest.json").read_text())
+    alone = prune("--domain", small, "--out", tmp_path / "alone")
+    refused(alone, "were asked for, but the data hold")
+    assert told["forget"]["domains"][str(small)]["documents"] > 0

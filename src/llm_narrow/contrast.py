@@ -16,6 +16,7 @@ from typing import Any
 from . import benchmark, domains, inputs, measure, scores, scoring
 from .blocks import Blocks
 from .cache import cache_dir
+from .domains import Part
 from .errors import BadInput
 from .inputs import Inputs
 from .measure import DocumentSums
@@ -38,7 +39,8 @@ class Forgotten:
 def contrasted(start: Inputs, recipe: Recipe, own: Scored, *, track: Track) -> Scored:
     """The scores of a run with domains to forget; `own` are those of its own domain.
 
-    One pass for each of them over as many tokens of its calibration part. Raises BadInput for a
+    One pass for each of them over as many tokens of its calibration part, or all that there are:
+    scores are per token, so fewer are only noisier. Raises BadInput for a
     criterion that does not depend on text, and for domains that cannot be read.
     """
     if recipe.score.criterion in scores.WITHOUT_DATA:
@@ -49,7 +51,7 @@ def contrasted(start: Inputs, recipe: Recipe, own: Scored, *, track: Track) -> S
     others: dict[str, Scored] = {}
     for name in recipe.score.forget or ():
         there = _at(start, recipe, name, track)
-        blocks = inputs.calibration(there, recipe, track=track)
+        blocks = _most(there, recipe, "calibration", recipe.score.tokens, track)
         others[name] = scoring.made(there, recipe, blocks, track=track)
     about = {
         **own.made_by,
@@ -86,7 +88,7 @@ def measured(start: Inputs, recipe: Recipe, *, track: Track) -> tuple[Forgotten,
     found = []
     for name in recipe.score.forget or ():
         there = _at(start, recipe, name, track)
-        blocks = inputs.held_out(there.loaded, there.domain, recipe, track=track)
+        blocks = _most(there, recipe, "held_out", recipe.measure.held_out_tokens, track)
         sums = benchmark.document_sums(there.loaded.model, blocks, recipe, track)
         found.append(Forgotten(name, blocks, sums))
     return tuple(found)
@@ -124,6 +126,12 @@ def _at(start: Inputs, recipe: Recipe, name: str, track: Track) -> Inputs:
     if name == recipe.domain.name:
         raise BadInput(f"--forget names {name}, which is the domain to keep. Name another.")
     return replace(start, domain=domains.load(name, track=track))
+
+
+def _most(start: Inputs, recipe: Recipe, part: Part, tokens: int, track: Track) -> Blocks:
+    """So many tokens of a part, or all that it has."""
+    blocks = inputs.blocks_of(start.loaded, start.domain, part, recipe, track=track)
+    return blocks.take(min(tokens, blocks.tokens.numel()), seed=recipe.seed)
 
 
 def _less(own: Scored, others: Sequence[Scored], weight: float) -> Scores:
