@@ -248,3 +248,24 @@ def test_decode_times_what_llama_cpp_runs(
         assert row["of_limit"] == pytest.approx(sorted(a / b * share for a, b in pairs))
     table = (tmp_path / "docs" / "result.md").read_text("utf-8").splitlines()
     assert table[3].startswith(f"| half | llama | {half['bytes']:,} |")
+
+
+def test_performance_is_told_in_ratios(
+    script: Any, tmp_path: Path, model_folder: Path, domain_folder: Path
+) -> None:
+    run = tmp_path / "half"
+    given = {"model": str(model_folder), "domain": str(domain_folder), "length": 32,
+             "calibration_tokens": 128, "held_out_tokens": 128, "samples": 0, "report": False,
+             "speed": False}  # fmt: skip
+    llm_narrow.prune(**given, sparsity=0.5, out=run)
+    performance, options = script("performance", SQUARE=64)
+    performance.main([*options, "--run", str(run), "--turns", "2"])
+    found = written(tmp_path)
+    rows = {row["stage"]: row for row in found["rows"]}
+    for name in performance.LEAST:
+        assert len(rows[name]["seconds"]) == 2 and min(rows[name]["seconds"]) > 0
+    assert min(rows["save and prove"]["open"]) > 0
+    stages = json.loads((run / "manifest.json").read_text())["seconds"]
+    assert rows["profile"]["seconds"] == stages
+    text = (tmp_path / "docs" / "result.md").read_text("utf-8")
+    assert "| forward |" in text and f"| {max(stages, key=lambda s: stages[s])} |" in text
