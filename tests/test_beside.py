@@ -61,13 +61,13 @@ def test_a_price_is_the_loss_of_the_model_that_is_left(
         inputs.Inputs(start.loaded, start.all_groups, (group,), start.domain, start.device,
                       start.bf16), recipe, blocks
     )  # fmt: skip
-    whole = measure.document_sums(model, ground.blocks).nats.sum()
+    whole = measure.document_sums(model, ground.wide).nats.sum()
     for option in found.beside:
         masked = copy.deepcopy(model)
         keep = channels.chosen(scored.scores[group.name], option.left)
         units.mask(masked, [group], {group.name: keep})
-        nats = measure.document_sums(masked, ground.blocks).nats.sum()
-        rise = float(nats - whole) / (ground.blocks.tokens.numel() - len(ground.blocks.tokens))
+        nats = measure.document_sums(masked, ground.wide).nats.sum()
+        rise = float(nats - whole) / (ground.wide.tokens.numel() - len(ground.wide.tokens))
         assert option.increase == pytest.approx(rise, abs=0.02)  # in bfloat16 here, maybe
         assert abs(rise) > 1e-3 or option.increase == pytest.approx(rise, abs=1e-3)
     assert len({o.increase for o in found.beside}) == len(found.beside) > 1

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from commands import refused
 from folders import write_domain, write_model
-from llm_narrow import vocabulary_rows
+from llm_narrow import inputs, trimming, vocabulary_rows
+from llm_narrow import recipe as recipes
+from llm_narrow.progress import silent
 from llm_narrow.rows import Row, read
 
 TRAIN = ["--recover-tokens", "512", "--validation-tokens", "128", "--lr", "1e-3"]
@@ -165,3 +167,22 @@ def test_a_comparison_reads_the_same_tokens(
     done = run("compare", "--recipe", recipe, "--sizes", "80%", "--tokens", "1024",
                "--lasso-tokens", "256", "--out", tmp_path / "out")  # fmt: skip
     refused(done, "must be whole to compare")
+
+
+def test_tokens_are_counted_in_all_text_but_the_held_out(
+    model_folder: Path, domain_folder: Path
+) -> None:
+    recipe = recipes.load(None, {"model": model_folder, "domain": domain_folder, "length": 32,
+                                 "kinds": "vocabulary", "vocabulary_threshold": 1})  # fmt: skip
+    start = inputs.gather(recipe)
+    found = trimming.chosen(start, recipe, track=silent)
+    there = {}
+    for part in ("train", "calibration", "held_out"):
+        tokens = inputs.blocks_of(start.loaded, start.domain, part, recipe).tokens
+        there[part] = set(tokens.flatten().tolist())
+    assert all(found.keep[sorted(there["train"] | there["calibration"])])
+    assert found.used == len(there["train"] | there["calibration"])
+    train = trimming.chosen(start, recipe, counted_in=("train",), track=silent)
+    assert train.used == len(there["train"]) and train.counted < found.counted
+    fewer = trimming.chosen(start, recipe, rows=int(train.keep.sum()) - 64, track=silent)
+    assert int(fewer.keep.sum()) == int(train.keep.sum()) - 64

@@ -1,7 +1,8 @@
 """Prices of what goes beside units: tokens of the vocabulary, query heads, residual channels.
 
 Each is offered at a few settings of `prune`, carried out on a copy of the whole model, and measured
-on the same text as everything else in the price list, byte for byte. Query heads are refitted, as
+on ten times as much text as everything else in the price list: there are few of them, and what
+tokens that are gone cost hangs on the few places where they come up. Query heads are refitted, as
 `prune` does it; channels are not. They go before a budget is spent on units, so they are chosen by
 name rather than bought.
 """
@@ -88,12 +89,17 @@ def _vocabulary(
         setting = {"vocabulary": "domain", "vocabulary_threshold": threshold}
         asked = recipe.model_copy(update={"prune": recipe.prune.model_copy(update=setting)})
         loaded = replace(start.loaded, model=copy.deepcopy(start.loaded.model))
-        now, cut = trimming.trimmed(replace(start, loaded=loaded), asked, track=track)
+        # As many tokens as `prune` keeps, but chosen without the part that is measured here.
+        wanted = int(trimming.chosen(start, asked, track=track).keep.sum())
+        apart = trimming.chosen(start, asked, counted_in=("train",), rows=wanted, track=track)
+        now, cut = trimming.trimmed(
+            replace(start, loaded=loaded), asked, found=apart, track=track
+        )  # fmt: skip
         left = rows_of(now.loaded.model)
         if left in seen or left == rows:
             continue
         seen.add(left)
-        text = cut.translated(ground.blocks, now)
+        text = cut.translated(ground.wide, now)
         ids = hashlib.sha256(cut.new_ids.numpy().tobytes()).hexdigest()[:16]
         yield _option(
             start, ground, "vocabulary", f"--kinds vocabulary --vocabulary-threshold {threshold}",
@@ -116,7 +122,7 @@ def _query_heads(
         )  # fmt: skip
         yield _option(
             start, ground, "query_heads", f"--query-heads {stay}", (stay, each), narrow,
-            ground.blocks, name,
+            ground.wide, name,
         )  # fmt: skip
 
 
@@ -132,7 +138,7 @@ def _channels(
         channels.thin(narrow, channels.chosen(scored.scores[group.name], stay))
         yield _option(
             start, ground, "channels", f"--channels {stay}", (stay, group.size), narrow,
-            ground.blocks, f"channels {stay} {scored.path.stem}",
+            ground.wide, f"channels {stay} {scored.path.stem}",
         )  # fmt: skip
 
 
@@ -141,8 +147,8 @@ def _option(
     narrow: Any, blocks: Blocks, name: str,
 ) -> Option:  # fmt: skip
     """Measured: the rise of the loss per token that the text has in the whole vocabulary."""
-    whole = _nats(start, ground, "whole", start.loaded.model, ground.blocks)
-    targets = ground.blocks.tokens.numel() - len(ground.blocks.tokens)
+    whole = _nats(start, ground, "whole", start.loaded.model, ground.wide)
+    targets = ground.wide.tokens.numel() - len(ground.wide.tokens)
     increase = (_nats(start, ground, name, narrow, blocks) - whole) / targets
     saves = joint.amounts(start.loaded.model) - joint.amounts(narrow)
     return Option(kind, setting, *left, saves, increase)
@@ -150,6 +156,7 @@ def _option(
 
 def _nats(start: Inputs, ground: "Ground", name: str, model: Any, blocks: Blocks) -> float:
     """The summed loss, separators apart, measured or known."""
+    name = f"{name} on {len(ground.wide.tokens)} {ground.wide.sha256[:16]}"
     found = ground.known(name)
     if found is None:
         with torch.no_grad():

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .figure_style import Drawn
 
 BLOCKS = 6  # that each removal is measured on
+WIDE = 10  # times as many, that what goes beside units is measured on
 FIT_TOKENS = 16384  # that it is refitted on
 BESIDE_LOG = "beside"  # in a log, where the name of a decision stands else
 
@@ -40,13 +41,13 @@ BESIDE_LOG = "beside"  # in a log, where the name of a decision stands else
 class Ground:
     """What removals are tried on: the blocks, and the losses that are known already.
 
-    `blocks` are those that losses are measured on, as `text` has them in batches.
+    `wide` are the blocks that what goes beside units is measured on.
     """
 
     text: Text
     log: Log
     bytes_per_token: float
-    blocks: Blocks
+    wide: Blocks
 
     def trials(self, model: Any) -> Any:
         """What `spend` takes: the trials of a decision on the model, which stays whole."""
@@ -179,13 +180,18 @@ def ground_of(
     taken = every.take(blocks * length + fit_tokens, seed=recipe.seed)
     measured = taken.only(torch.arange(blocks))
     fitted = taken.only(torch.arange(blocks, len(taken.tokens)))
+    most = min(len(every.tokens), len(taken.tokens) + WIDE * blocks) * length
+    wide = every.take(most, seed=recipe.seed)
+    # Others than were refitted on, where there are any.
+    rest = torch.arange(len(taken.tokens), len(wide.tokens))
+    wide = wide.only(torch.cat([torch.arange(blocks), rest])[: WIDE * blocks])
     batch = recipe.blocks.batch_size
     text = Text(
         measured=measured.batches(batch), fitted=fitted.batches(batch),
         damping=recipe.prune.damping, dtype=torch.bfloat16 if start.bf16 else None,
     )  # fmt: skip
     log = Log.open(_log_path(start, recipe, measured, fitted))
-    return Ground(text, log, _bytes(measured), measured)
+    return Ground(text, log, _bytes(measured), wide)
 
 
 def plan_of(start: Inputs, spent: Spent) -> Plan:

@@ -5,15 +5,18 @@ measured before is measured with the whole vocabulary; what is measured after, o
 the tokens of the trimmed one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import inputs, vocabulary, vocabulary_rows
 from .blocks import Blocks
 from .cost import positions, size
+from .domains import Part
 from .errors import BadInput, TargetOutOfReach
 from .families import find_groups
 from .inputs import Inputs
@@ -23,6 +26,7 @@ from .recipe import Recipe
 from .units import Group, Keep, count, keep_all
 
 MULTIPLE = 64  # of the rows that stay, which runtimes like
+PARTS: tuple[Part, ...] = ("train", "calibration")  # that tokens are counted in, never held-out
 
 
 @dataclass(frozen=True)
@@ -41,26 +45,59 @@ class Trimmed:
         )
 
 
-def trimmed(start: Inputs, recipe: Recipe, *, track: Track) -> tuple[Inputs, Trimmed]:
-    """Trim the vocabulary of the loaded model in place to what the domain's training part uses.
+@dataclass(frozen=True)
+class Chosen:
+    """The tokens that stay, as a mask, of those that came up often enough in so many tokens."""
 
-    Where the recipe asks for a number of parameters that this alone goes below, the most frequent
-    of the other tokens stay too, up to it. Raises BadInput for a tokenizer or a model that cannot
-    be trimmed and a domain without text.
+    keep: Tensor
+    used: int
+    counted: int
+
+
+def chosen(
+    start: Inputs, recipe: Recipe, *, counted_in: Sequence[Part] = PARTS, rows: int | None = None,
+    track: Track,
+) -> Chosen:  # fmt: skip
+    """The tokens that the domain uses: those that came up often enough in the parts named.
+
+    With `rows`, as many as that instead, the most frequent ones. Where the recipe asks for a number
+    of parameters that this alone goes below, the most frequent of the others stay too, up to it.
+    """
+    loaded, p = start.loaded, recipe.prune
+    model, old = loaded.model, loaded.tokenizer
+    there = vocabulary_rows.rows_of(model)
+    packed = [inputs.blocks_of(loaded, start.domain, c, recipe, track=track) for c in counted_in]
+    counted = torch.stack([vocabulary.counts(blocks, old) for blocks in packed]).sum(0)
+    threshold = p.vocabulary_threshold if rows is None else 1
+    while True:
+        used = vocabulary.used(counted, threshold)
+        closed = vocabulary.closure(old, used, named=vocabulary_rows.named_ids(model))
+        if rows is None or int(closed.sum()) <= rows or threshold >= int(counted.max()):
+            break
+        threshold += max(1, threshold // 4)
+        threshold = min(threshold, int(counted.max()))
+    whole, row = size(model).parameters, vocabulary_rows.parameters_of_a_row(model)
+    least = rows or 0
+    entry = next(model.parameters()).element_size()
+    if rows is None and (target := p.parameters_wanted(whole, entry)) is not None:
+        least = min(there, (target - (whole - row * there)) // row) // MULTIPLE * MULTIPLE
+    keep = vocabulary.filled(old, closed, counted, multiple=MULTIPLE, least=least)
+    return Chosen(keep, int(used.sum()), sum(blocks.tokens.numel() for blocks in packed))
+
+
+def trimmed(
+    start: Inputs, recipe: Recipe, *, found: Chosen | None = None, track: Track
+) -> tuple[Inputs, Trimmed]:
+    """Trim the vocabulary of the loaded model in place to what the domain uses.
+
+    `found` are the tokens that stay, `chosen` ones unless given. Raises BadInput for a tokenizer
+    or a model that cannot be trimmed and a domain without text.
     """
     loaded, p = start.loaded, recipe.prune
     model, old = loaded.model, loaded.tokenizer
     whole, rows = size(model).parameters, vocabulary_rows.rows_of(model)
-    packed = inputs.blocks_of(loaded, start.domain, "train", recipe, track=track)
-    counted = vocabulary.counts(packed, old)
-    used = vocabulary.used(counted, p.vocabulary_threshold)
-    closed = vocabulary.closure(old, used, named=vocabulary_rows.named_ids(model))
-    row = vocabulary_rows.parameters_of_a_row(model)
-    least = 0
-    entry = next(model.parameters()).element_size()
-    if (target := p.parameters_wanted(whole, entry)) is not None:
-        least = min(rows, (target - (whole - row * rows)) // row) // MULTIPLE * MULTIPLE
-    keep = vocabulary.filled(old, closed, counted, multiple=MULTIPLE, least=least)
+    found = found or chosen(start, recipe, track=track)
+    keep = found.keep
     # A model may have more rows than its tokenizer has ids.
     new, new_ids = vocabulary.trimmed(old, keep)
     old_ids = vocabulary_rows.new_rows(keep, multiple=MULTIPLE)
@@ -68,8 +105,8 @@ def trimmed(start: Inputs, recipe: Recipe, *, track: Track) -> tuple[Inputs, Tri
     left = size(model).parameters
     facts = {
         "threshold": p.vocabulary_threshold, "rows_before": rows, "rows": len(old_ids),
-        "used": int(used.sum()), "parameters_before": whole, "parameters": left,
-        "train_tokens": packed.tokens.numel(),
+        "used": found.used, "parameters_before": whole, "parameters": left,
+        "counted_tokens": found.counted,
     }  # fmt: skip
     every = tuple(find_groups(model))
     start = replace(
