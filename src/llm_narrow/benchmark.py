@@ -1,14 +1,22 @@
 """Models measured side by side on the same held-out text: `bench`, and before and after a cut."""
 
+import hashlib
+import json
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from . import inputs, measure, trimming
+from . import __version__, inputs, measure, trimming
 from .blocks import Blocks
+from .cache import cache_dir
 from .cost import positions, speed
 from .errors import BadInput
 from .inputs import begin
@@ -78,6 +86,36 @@ def document_sums(model: Any, blocks: Blocks, recipe: Recipe, track: Track) -> m
         bf16=inputs.bf16(recipe),
         track=track,
     )
+
+
+def known_sums(
+    loaded: Loaded, blocks: Blocks, recipe: Recipe, track: Track
+) -> measure.DocumentSums:
+    """`document_sums` of a model as it was loaded, from the cache where they were made before.
+
+    Every run from one model begins with the same figures, which take minutes on a CPU.
+    """
+    about = {
+        "llm_narrow": __version__, "torch": version("torch"),
+        "transformers": version("transformers"), "model": loaded.sha256, "blocks": blocks.sha256,
+        "dtype": recipe.dtype, "bf16": str(inputs.bf16(recipe)),
+        "device": str(next(loaded.model.parameters()).device.type),
+        "batch": str(recipe.blocks.batch_size),
+        "config": hashlib.sha256(loaded.model.config.to_json_string().encode()).hexdigest(),
+    }  # fmt: skip
+    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    path = cache_dir() / "sums" / f"{name}.safetensors"
+    with suppress(OSError, SafetensorError, TypeError):
+        return measure.DocumentSums(**load_file(path))
+    found = document_sums(loaded.model, blocks, recipe, track)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(f".{os.getpid()}")
+    try:
+        save_file(dict(vars(found)), fresh, metadata=about)
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return found
 
 
 def row(

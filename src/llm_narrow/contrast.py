@@ -89,7 +89,7 @@ def measured(start: Inputs, recipe: Recipe, *, track: Track) -> tuple[Forgotten,
     for name in recipe.score.forget or ():
         there = _at(start, recipe, name, track)
         blocks = _most(there, recipe, "held_out", recipe.measure.held_out_tokens, track)
-        sums = benchmark.document_sums(there.loaded.model, blocks, recipe, track)
+        sums = benchmark.known_sums(there.loaded, blocks, recipe, track)
         found.append(Forgotten(name, blocks, sums))
     return tuple(found)
 

@@ -95,7 +95,7 @@ def measured_before(
         model, tokenizer = start.loaded.model, start.loaded.tokenizer
         held_out = inputs.held_out(start.loaded, start.domain, recipe, track=track)
         facts["domain"]["tokens"]["held_out"] = held_out.tokens.numel()
-        sums = benchmark.document_sums(model, held_out, recipe, track)
+        sums = benchmark.known_sums(start.loaded, held_out, recipe, track)
         row = benchmark.row("before", start.loaded, sums, start.domain.name, recipe)
         prompts = inputs.prompts(start.loaded, held_out, recipe.measure.samples)
         written = [measure.complete(model, tokenizer, prompt) for prompt in prompts]

@@ -1,0 +1,62 @@
+"""What a model was measured to be before is not measured again, unless anything is another."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_narrow import benchmark, inputs, measure
+from llm_narrow import recipe as recipes
+from llm_narrow.progress import silent
+
+
+def sums(model: Path, domain: Path, **changes: Any) -> measure.DocumentSums:
+    given = {"model": model, "domain": domain, "length": 32, "held_out_tokens": 128, **changes}
+    recipe = recipes.load(None, given)
+    start = inputs.gather(recipe)
+    blocks = inputs.held_out(start.loaded, start.domain, recipe)
+    return benchmark.known_sums(start.loaded, blocks, recipe, silent)
+
+
+def test_the_same_is_measured_once(
+    model_folder: Path, domain_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    really = measure.document_sums
+
+    def counting(*given: Any, **more: Any) -> measure.DocumentSums:
+        asked.append(1)
+        return really(*given, **more)
+
+    monkeypatch.setattr(measure, "document_sums", counting)
+    first, again = (sums(model_folder, domain_folder) for _ in range(2))
+    assert len(asked) == 1
+    assert all(a.equal(b) for a, b in zip(vars(first).values(), vars(again).values(), strict=True))
+    assert all(a.dtype == b.dtype for a, b in zip(vars(first).values(), vars(again).values(),
+                                                  strict=True))  # fmt: skip
+    sums(model_folder, domain_folder, held_out_tokens=64)
+    sums(model_folder, domain_folder, dtype="bfloat16")
+    assert len(asked) == 3
+
+
+def test_another_config_is_another_model(
+    model_folder: Path, domain_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The weights are the same, what they are taken for is not."""
+    recipe = recipes.load(None, {"model": model_folder, "domain": domain_folder, "length": 32,
+                                 "held_out_tokens": 128})  # fmt: skip
+    start = inputs.gather(recipe)
+    blocks = inputs.held_out(start.loaded, start.domain, recipe)
+    first = benchmark.known_sums(start.loaded, blocks, recipe, silent)
+    start.loaded.model.config.rms_norm_eps = 0.5
+    for layer in start.loaded.model.model.layers:
+        layer.input_layernorm.variance_epsilon = 0.5
+    second = benchmark.known_sums(start.loaded, blocks, recipe, silent)
+    assert not first.nats.equal(second.nats)
+
+
+def test_a_broken_file_is_made_anew(model_folder: Path, domain_folder: Path) -> None:
+    first = sums(model_folder, domain_folder)
+    for file in (benchmark.cache_dir() / "sums").iterdir():
+        file.write_bytes(b"broken")
+    assert sums(model_folder, domain_folder).nats.equal(first.nats)
