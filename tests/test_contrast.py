@@ -96,6 +96,7 @@ def test_the_lasso_follows_the_contrast_and_a_trimmed_vocabulary_is_measured_too
         (("--criterion", "magnitude"), "needs scores that depend on the text"),
         (("--forget", "pythn"), "pythn"),
         (("--forget-weight", "-1"), "at least 0"),
+        (("--forget-refit", "1", "--no-refit"), "needs --refit sequential"),
     ],
 )
 def test_what_cannot_be_forgotten_is_told(
@@ -119,3 +120,18 @@ def test_of_a_small_domain_all_text_is_taken(prune: Any, tmp_path: Path) -> None
     alone = prune("--domain", small, "--out", tmp_path / "alone")
     refused(alone, "were asked for, but the data hold")
     assert told["forget"]["domains"][str(small)]["documents"] > 0
+
+
+def test_the_refit_forgets_as_well(prune: Any, digits: Path, tmp_path: Path) -> None:
+    """By the same scores and so the same units, the other domain is predicted worse."""
+    bits = {}
+    for weight in ("0", "1"):
+        done = prune("--forget", digits, "--forget-weight", "0", "--forget-refit", weight,
+                     "--out", tmp_path / weight)  # fmt: skip
+        assert done.code == 0, done.err
+        told = json.loads((tmp_path / weight / "manifest.json").read_text())
+        assert told["refit"].get("forget", 0.0) == float(weight)
+        bits[weight] = told["forget"]["domains"][str(digits)]["bits_per_byte"]
+        keeps = [row["after"] for row in told["plan"]]
+    assert keeps and bits["1"] != bits["0"]
+    refused(prune("--forget-refit", "1", "--out", tmp_path / "none"), "name some there")

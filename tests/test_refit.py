@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from llm_narrow import units
+from llm_narrow.errors import BadInput
 from llm_narrow.families import FAMILIES, find_groups
-from llm_narrow.refit import refit_and_remove
+from llm_narrow.refit import Against, refit_and_remove
 from tiny import VOCAB, batch, tiny
 from tiny import outputs as logits
 
@@ -176,3 +177,64 @@ def test_statistics_taken_once_serve_any_decision(kind: str) -> None:
         taken = refit_and_remove(again, groups, keep, [], known=known)
         assert taken.errors == pytest.approx(direct.errors, rel=1e-3, abs=1e-6)
         torch.testing.assert_close(logits(once, kind), logits(again, kind), atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_text_to_forget_weighs_as_told() -> None:
+    """The last layer's reader by hand: what it is fed by the other text is to give nothing."""
+    model = tiny("llama").double()
+    group = next(g for g in reversed(find_groups(model)) if g.kind == "neurons")
+    keep = {group.name: torch.arange(group.size) % 2 == 0}
+    own, other = blocks("llama")[:3], blocks("llama")[5:7]
+    reader = model.get_submodule(group.reads[0].module)
+    seen: list[tuple[Tensor, Tensor]] = []
+    reader.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    for b in (*own, *other):
+        model(b)
+    stay = keep[group.name].nonzero().flatten()
+    fed = [a.reshape(-1, a.shape[-1])[:, stay] for a, _ in seen]
+    a, f = torch.cat(fed[:3]), torch.cat(fed[3:])
+    t = torch.cat([out.reshape(-1, out.shape[-1]) for _, out in seen[:3]])
+    w = reader.weight[:, stay].T
+    d = 0.01 * (a.T @ a).diagonal().mean()
+    pull = 0.7 * len(a) / len(f)
+    wanted = torch.linalg.solve(
+        a.T @ a + d * torch.eye(len(stay)) + pull * f.T @ f, a.T @ t + d * w
+    )
+    plain, with_it = copy.deepcopy(model), copy.deepcopy(model)
+    refit_and_remove(plain, [group], keep, own)
+    refit_and_remove(with_it, [group], keep, own, against=Against(other, 0.7))
+    usual, found = (m.get_submodule(group.reads[0].module).weight.T for m in (plain, with_it))
+    assert torch.allclose(found, wanted, atol=1e-4)
+    assert (f @ found).norm() < 0.8 * (f @ usual).norm()
+    none = copy.deepcopy(model)
+    refit_and_remove(none, [group], keep, own, against=Against(other, 0.0))
+    assert torch.allclose(none.get_submodule(group.reads[0].module).weight.T, usual, atol=1e-6)
+
+
+@torch.no_grad()
+def changes(*, against: Against | None, kind: str = "llama") -> dict[str, float]:
+    """How far every reader's weights are from those of a plain refit, relative."""
+    made = []
+    for one in (None, against):
+        model = tiny(kind)
+        groups = find_groups(model)
+        keep = {g.name: torch.arange(g.size) > 0 for g in groups}
+        refit_and_remove(model, groups, keep, blocks(kind)[:4], against=one)
+        made.append({s.param: model.get_parameter(s.param) for g in groups for s in g.reads})
+    return {name: float((made[1][name] - p).norm() / p.norm()) for name, p in made[0].items()}
+
+
+def test_every_reader_forgets_in_every_layer() -> None:
+    assert min(changes(against=Against(blocks("llama")[5:7], 1.0)).values()) > 0.01
+
+
+def test_what_cannot_forget_is_refused() -> None:
+    with pytest.raises(BadInput, match="router's choice"):
+        changes(kind="mixtral", against=Against(blocks("mixtral")[5:7], 1.0))
+    model = tiny("llama")
+    groups = find_groups(model)
+    keep = {g.name: torch.arange(g.size) > 0 for g in groups}
+    with pytest.raises(BadInput, match="needs a sequential refit"):
+        refit_and_remove(model, groups, keep, blocks("llama")[:2], sequential=False,
+                         against=Against(blocks("llama")[5:6], 1.0))  # fmt: skip

@@ -34,7 +34,7 @@ from .options import (
     told_on,
 )
 
-PRUNE = (*SOURCE, *SIZE, *TEXT, *ORIGIN, *SCORING, *REFIT)
+PRUNE = (*SOURCE, *SIZE, *TEXT, *ORIGIN, *SCORING, *REFIT, "forget_refit")
 
 
 @taking(

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from . import benchmark, domains, inputs, measure, scores, scoring
 from .blocks import Blocks
 from .cache import cache_dir
@@ -22,6 +24,7 @@ from .inputs import Inputs
 from .measure import DocumentSums
 from .progress import Track
 from .recipe import Recipe
+from .refit import Against
 from .scoring import Scored
 from .trimming import Trimmed
 from .units import Scores
@@ -81,6 +84,18 @@ def contrasted(start: Inputs, recipe: Recipe, own: Scored, *, track: Track) -> S
     scores.write(path, held, about)
     reused = own.reused and all(s.reused for s in many)
     return Scored(found, halves, path, reused, about)
+
+
+def against(start: Inputs, recipe: Recipe, *, track: Track) -> Against | None:
+    """The text that the refit is to forget, as much of each domain as is refitted on."""
+    if not recipe.prune.forget_refit:
+        return None
+    batches: list[Tensor] = []
+    for name in recipe.score.forget or ():
+        there = _at(start, recipe, name, track)
+        blocks = _most(there, recipe, "calibration", recipe.score.tokens, track)
+        batches += blocks.batches(recipe.blocks.batch_size)
+    return Against(batches, recipe.prune.forget_refit)
 
 
 def measured(start: Inputs, recipe: Recipe, *, track: Track) -> tuple[Forgotten, ...]:

@@ -12,7 +12,7 @@ from .budget import Removal
 from .depth import Layer, carried, counted, layers_of, remove_layers, silence, stack_of, take_out
 from .families import find_groups
 from .progress import Track, silent
-from .refit import RefitFacts, refit_and_remove
+from .refit import Against, RefitFacts, refit_and_remove
 from .units import Group, Keep, keep_all, remove
 
 
@@ -74,6 +74,7 @@ def carry_out(
     sequential: bool = True,
     refit: bool = True,
     dtype: torch.dtype | None = None,
+    against: Against | None = None,
     out: bool = True,
     track: Track = silent,
 ) -> tuple[tuple[Group, ...], Keep, RefitFacts | None]:
@@ -102,7 +103,7 @@ def carry_out(
     if refit:
         facts = refit_and_remove(
             model, groups, partly, batches, damping=damping, sequential=sequential, dtype=dtype,
-            track=track,
+            against=against, track=track,
         )  # fmt: skip
     else:
         remove(model, groups, partly)

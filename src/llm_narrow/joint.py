@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from . import pricing, processes
+from . import contrast, pricing, processes
 from . import recipe as recipes
 from .blocks import Blocks
 from .budget import Amounts, ledger
@@ -159,6 +159,7 @@ def carried_out(
     groups, keep, fitted = carry_out(
         model, Decision(plan.layers, dict(plan.keep)), blocks.batches(recipe.blocks.batch_size),
         damping=recipe.prune.damping, sequential=recipe.prune.refit == "sequential", refit=refit,
-        dtype=torch.bfloat16 if start.bf16 else None, track=track,
+        dtype=torch.bfloat16 if start.bf16 else None,
+        against=contrast.against(start, recipe, track=track) if refit else None, track=track,
     )  # fmt: skip
     return groups, keep, config, fitted

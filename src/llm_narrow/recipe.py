@@ -62,6 +62,15 @@ class Recipe(Section):
                 "prune.method lasso cannot draw experts to zero: the router would still choose "
                 "them. Leave experts out of prune.kinds, or give prune.method oneshot"
             )
+        if self.prune.forget_refit and not self.score.forget:
+            raise ValueError(
+                "prune.forget_refit has the refit unlearn the domains of score.forget: name some "
+                "there, or give 0"
+            )
+        if self.prune.forget_refit and self.prune.refit != "sequential":
+            raise ValueError(
+                f"prune.forget_refit needs prune.refit sequential, got {self.prune.refit}"
+            )
         length = self.blocks.length
         needed = [
             ("score.tokens", self.score.tokens, 2),
@@ -139,6 +148,7 @@ FLAGS: dict[str, str] = {
     "multiple": "prune.multiple",
     "refit": "prune.refit",
     "damping": "prune.damping",
+    "forget_refit": "prune.forget_refit",
     "method": "prune.method",
     "lasso_tokens": "lasso.tokens",
     "lasso_lr": "lasso.lr",

@@ -16,6 +16,13 @@ Stork 1993); what matters here is which inputs and which outputs:
   so memory does not grow with depth.
 * One-shot (`sequential=False`) takes A and T of every layer from the whole model, in one pass.
 
+With text to forget (`Against`), what a reader is fed by it, F, is wanted to give nothing:
+
+    W' = (T A' + d W_k) (A A' + d I + v F F')^-1,       v = weight * tokens of A / tokens of F
+
+so that directions that the domain hardly uses and the other text uses much are let go of, and those
+that the domain needs stay. F comes from the network as it is cut up to here; `sequential` only.
+
 Several processes each see their share of the batches; A A', A T' and |T|^2 are added up over them
 before anything is solved, so that all find the same weights. docs/log.md has what the choice of T
 was worth in first experiments.
@@ -25,19 +32,21 @@ import contextlib
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .errors import BadInput
 from .experts import fed, fused
 from .precision import copied
-from .processes import share, summed
+from .processes import share
 from .progress import Track, silent
 from .refit_experts import ExpertFit
+from .refit_fit import Fit
 from .scores import watched
-from .units import Group, Keep, Slice, remove, removed
+from .units import Group, Keep, remove, removed
 
 LAYER = re.compile(r"^(.*?\.\d+)\.")  # the layer that a module name lies in
 
@@ -51,6 +60,14 @@ class RefitFacts:
     errors: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Against:
+    """Text to forget, (batch, length) token ids, and what a token of it counts in the refit."""
+
+    batches: Sequence[Tensor]
+    weight: float
+
+
 @torch.no_grad()
 def refit_and_remove(
     model: Any,
@@ -62,13 +79,15 @@ def refit_and_remove(
     sequential: bool = True,
     dtype: torch.dtype | None = None,
     known: "Sequence[Fit | ExpertFit] | None" = None,
+    against: Against | None = None,
     track: Track = silent,
 ) -> RefitFacts:
     """Remove the units that `keep` drops, in place, and refit what read them.
 
     `batches` are (batch, length) token ids, all of them in every process; forward passes run in
     `dtype` (the model's own unless given), statistics and solutions are float32. `known` are the
-    `statistics` of the whole model, from which a one-shot refit takes no pass at all.
+    `statistics` of the whole model, from which a one-shot refit takes no pass at all. `against` is
+    text to forget, in a sequential refit. Raises BadInput for it elsewhere, and with experts.
     """
     tokens = sum(b.numel() for b in batches)
     cut = [g for g in groups if not keep[g.name].all()]
@@ -76,8 +95,13 @@ def refit_and_remove(
         return RefitFacts(tokens, damping, {})
     dtype = dtype or next(model.parameters()).dtype
     if sequential and known is None and all(LAYER.match(g.name) for g in groups):
-        errors = _layerwise(model, cut, keep, batches, damping, dtype, track)
+        errors = _layerwise(model, cut, keep, batches, damping, against, dtype, track)
     else:
+        if against is not None:
+            raise BadInput(
+                "prune.forget_refit needs a sequential refit of a model whose units all lie in a "
+                "list of layers. Give prune.refit sequential, or 0."
+            )
         gone = removed(cut, keep)
         if known is None:
             known = statistics(model, cut, batches, gone=gone, dtype=dtype, track=track)
@@ -132,14 +156,19 @@ def _layerwise(
     keep: Keep,
     batches: Sequence[Tensor],
     damping: float,
+    against: Against | None,
     dtype: torch.dtype,
     track: Track,
 ) -> dict[str, float]:
     """Layer by layer: inputs from the cut network, the whole network's residual stream wanted."""
     errors: dict[str, float] = {}
     names = _layer_names(model, cut)
-    order, calls = _recorded(model, names, cut, batches, dtype)
-    batches = share(batches)
+    other: Sequence[Tensor] = against.batches if against else ()
+    order, calls = _recorded(model, names, cut, [*batches, *other], dtype)
+    tokens = sum(b.numel() for b in batches)
+    pull = against.weight * tokens / sum(b.numel() for b in other) if against else 0.0
+    batches, other = share(batches), share(other)
+    astray = _entering(model, names[0], other, dtype)  # of the cut network, on text to forget
     shapes = [tuple(b.shape) for b in batches]
     gone = removed(cut, keep)
     ours = _entering(model, names[0], batches, dtype)  # hidden states of the cut network
@@ -168,8 +197,10 @@ def _layerwise(
                 ahead.append(out_whole)
                 if _adds_last(fit.group) and isinstance(fit, Fit):
                     parts.append((a.view(*h.shape[:-1], -1), out_small - y_small))
+            for f, batch in zip(astray, other, strict=True):
+                fit.add_against(_observed(small, at, f, calls[name, tuple(batch.shape)])[0])
             fit.add_up()
-            errors[fit.slice.param] = fit.write(model, damping)
+            errors[fit.slice.param] = fit.write(model, damping, pull)
         theirs = ahead or [
             _run(whole, w, calls[name, s]) for w, s in zip(theirs, shapes, strict=True)
         ]
@@ -179,6 +210,10 @@ def _layerwise(
         else:
             small = copy.deepcopy(layer).to(dtype)
             ours = [_run(small, h, calls[name, s]) for h, s in zip(ours, shapes, strict=True)]
+        if other:
+            small = copy.deepcopy(layer).to(dtype)
+            astray = [_run(small, f, calls[name, tuple(b.shape)])
+                      for f, b in zip(astray, other, strict=True)]  # fmt: skip
     return errors
 
 
@@ -208,87 +243,6 @@ def _fits(
         (ExpertFit if fused(model, param) else Fit).of(model, g, s, gone)
         for param, (g, s) in readers.items()
     ]
-
-
-@dataclass
-class Fit:
-    """One reading matrix on its way from statistics to a refitted weight."""
-
-    group: Group
-    slice: Slice
-    kept: Tensor  # input positions that stay, (n,) int64
-    given: Tensor  # output positions that stay, (out,) int64
-    square: Tensor  # A A', (n, n) float32
-    cross: Tensor  # A T', (n, out) float32
-    energy: Tensor  # |T|^2 of each output, (out,) float64
-
-    @classmethod
-    def of(
-        cls, model: Any, group: Group, s: Slice, gone: Mapping[tuple[str, int], Tensor]
-    ) -> "Fit":
-        """Empty statistics for a reader of the model before anything in `gone` is removed."""
-        weight = model.get_parameter(s.param)
-
-        def staying(dim: int) -> Tensor:
-            stay = torch.ones(weight.shape[dim], dtype=torch.bool)
-            if (s.param, dim) in gone:
-                stay[gone[s.param, dim]] = False
-            return stay.nonzero().flatten().to(weight.device)
-
-        kept, given = staying(s.dim), staying(1 - s.dim)
-        zeros = torch.zeros(len(kept), len(kept) + len(given), device=weight.device)
-        square, cross = zeros.split([len(kept), len(given)], dim=1)
-        energy = torch.zeros(len(given), dtype=torch.float64, device=weight.device)
-        return cls(group, s, kept, given, square.contiguous(), cross.contiguous(), energy)
-
-    def without(self, gone: Mapping[tuple[str, int], Tensor]) -> "Fit":
-        """The same statistics for fewer inputs and outputs."""
-
-        def places(held: Tensor, dim: int) -> Tensor:
-            lost = gone.get((self.slice.param, dim), torch.empty(0, dtype=torch.int64))
-            return (~torch.isin(held, lost.to(held.device))).nonzero().flatten()
-
-        n, out = places(self.kept, self.slice.dim), places(self.given, 1 - self.slice.dim)
-        return replace(
-            self,
-            kept=self.kept[n],
-            given=self.given[out],
-            square=self.square[n][:, n],
-            cross=self.cross[n][:, out],
-            energy=self.energy[out],
-        )
-
-    def add(self, activations: Tensor, wanted: Tensor, kept_only: bool = False) -> None:
-        """Add the tokens of one batch: what the reader is fed, and what it is to give."""
-        a = activations.reshape(-1, activations.shape[-1])
-        a = (a if kept_only else a.index_select(1, self.kept)).float()
-        t = wanted.reshape(-1, wanted.shape[-1]).index_select(1, self.given).float()
-        self.square.addmm_(a.T, a)
-        self.cross.addmm_(a.T, t)
-        self.energy += t.square().sum(0, dtype=torch.float64)
-
-    def add_up(self) -> None:
-        """Make the statistics those of the batches of all processes."""
-        summed(self.square)
-        summed(self.cross)
-        summed(self.energy)
-
-    def weight(self, model: Any) -> Tensor:
-        """The reading matrix as it stands in the model, (n, out); a view."""
-        data: Tensor = model.get_parameter(self.slice.param).data
-        return data if self.slice.dim == 0 else data.T
-
-    def write(self, model: Any, damping: float) -> float:
-        """Put the solution into the cut model; the share |T - W'A|^2 / |T|^2 that is left."""
-        weight = self.weight(model)
-        ridge = damping * self.square.diagonal().mean().clamp_min(1e-12)
-        system = self.square + ridge * torch.eye(len(self.square), device=weight.device)
-        fitted = torch.linalg.solve(system, self.cross + ridge * weight.float())
-        weight.copy_(fitted)
-        whole = float(self.energy.sum())
-        left = whole - 2 * float((fitted * self.cross).sum())
-        left += float((fitted * (self.square @ fitted)).sum())
-        return max(left, 0.0) / max(whole, 1e-12)
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer is called with beside hidden states

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import BadInput
 from .experts import activations, by_expert
 from .processes import summed
 from .units import Group, Slice
@@ -108,7 +109,14 @@ class ExpertFit:
         summed(self.cross)
         summed(self.energy)
 
-    def write(self, model: Any, damping: float) -> float:
+    def add_against(self, fed: tuple[Tensor, ...]) -> None:
+        """Refuse: what experts are fed by other text is not summed up."""
+        raise BadInput(
+            "prune.forget_refit cannot be done to experts: which of them reads a token is the "
+            "router's choice. Leave experts and the neurons in them out of prune.kinds, or give 0."
+        )
+
+    def write(self, model: Any, damping: float, against: float = 0.0) -> float:
         """Put the solutions into the cut model; the share |T - W'A|^2 / |T|^2 that is left."""
         data: Tensor = model.get_parameter(self.slice.param).data
         whole, left = float(self.energy.sum()), 0.0

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from . import joint, work
+from . import contrast, joint, work
 from .blocks import Blocks
 from .inputs import Inputs
 from .plan import Plan
@@ -43,6 +43,7 @@ def refitted(
             damping=recipe.prune.damping,
             sequential=recipe.prune.refit == "sequential",
             dtype=torch.bfloat16 if start.bf16 else None,
+            against=contrast.against(start, recipe, track=track),
             track=track,
         )
         facts = _told(recipe, fitted)
@@ -78,6 +79,7 @@ def _told(recipe: Recipe, fitted: RefitFacts) -> dict[str, Any]:
         "mode": recipe.prune.refit,
         "tokens": fitted.tokens,
         "damping": fitted.damping,
+        **({"forget": recipe.prune.forget_refit} if recipe.prune.forget_refit else {}),
         "mean_error": sum(errors) / len(errors),
         "largest_error": max(errors),
     }

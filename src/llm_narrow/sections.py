@@ -161,6 +161,7 @@ class Prune(Section):
         "sequential"
     )
     damping: float = Field(0.01, gt=0, description="a number above 0")
+    forget_refit: float = Field(0.0, ge=0, description="a number of at least 0")
 
     @model_validator(mode="before")
     @classmethod
