@@ -4,7 +4,8 @@
         run([python, ...], env={**os.environ, **client_env(url, tmp_path)})
 
 The clients read HF_ENDPOINT and the cache folders when they are imported, so use a subprocess.
-A file named `.gated` in a repository makes its files refused as those of a gated one are.
+A file named `.gated` in a repository makes its files refused as those of a gated one are, one named
+`.private` has it seen with a token alone. `serve(root, Pushes(token))` takes pushes too.
 """
 
 import hashlib
@@ -14,14 +15,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
+
+if TYPE_CHECKING:
+    from hub_pushes import Pushes
+
+MARKS = (".gated", ".private")  # files of a repository that say how it is seen
 
 
 @contextmanager
-def serve(root: Path) -> Iterator[str]:
+def serve(root: Path, pushes: "Pushes | None" = None) -> Iterator[str]:
     """Serve the repositories below `root`; yields the address to use as HF_ENDPOINT."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _requests_for(root))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _requests_for(root, pushes))
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
@@ -42,30 +50,33 @@ def client_env(url: str, home: Path) -> dict[str, str]:
     }
 
 
-def _files(repo: Path) -> dict[str, Path]:
+def files_of(repo: Path) -> dict[str, Path]:
+    """The files of a repository by name."""
     found = {p.relative_to(repo).as_posix(): p for p in sorted(repo.rglob("*")) if p.is_file()}
-    return {name: p for name, p in found.items() if name != ".gated"}
+    return {name: p for name, p in found.items() if name not in MARKS}
 
 
-def _git_id(data: bytes) -> str:
+def git_id(data: bytes) -> str:
+    """What git calls a file of these bytes."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def _commit(repo: Path) -> str:
-    told = "".join(f"{n}\0{_git_id(p.read_bytes())}\n" for n, p in _files(repo).items())
+def commit_of(repo: Path) -> str:
+    """A name for the state of the repository: another one for other files."""
+    told = "".join(f"{n}\0{git_id(p.read_bytes())}\n" for n, p in files_of(repo).items())
     return hashlib.sha1(told.encode()).hexdigest()
 
 
 def _entry(name: str, path: Path) -> dict[str, Any]:
     data = path.read_bytes()
-    return {"type": "file", "path": name, "size": len(data), "oid": _git_id(data)}
+    return {"type": "file", "path": name, "size": len(data), "oid": git_id(data)}
 
 
 def _tree(repo: Path, under: str, recursive: bool) -> list[dict[str, Any]]:
     """Files (and folders) below `under`, as the hub's tree listing gives them."""
     prefix = f"{under}/" if under else ""
     entries: dict[str, dict[str, Any]] = {}
-    for name, path in _files(repo).items():
+    for name, path in files_of(repo).items():
         if not name.startswith(prefix):
             continue
         parts = name[len(prefix):].split("/")
@@ -78,7 +89,7 @@ def _tree(repo: Path, under: str, recursive: bool) -> list[dict[str, Any]]:
     return list(entries.values())
 
 
-def _requests_for(root: Path) -> type[BaseHTTPRequestHandler]:
+def _requests_for(root: Path, pushes: "Pushes | None") -> type[BaseHTTPRequestHandler]:
     class Requests(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -91,8 +102,14 @@ def _requests_for(root: Path) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             self._answer()
 
+        def do_PUT(self) -> None:
+            self._answer()
+
         def log_message(self, format: str, *args: Any) -> None:
             """Stay quiet: pytest shows what the test prints."""
+
+        def _known(self, pushes: "Pushes | None") -> bool:
+            return pushes is not None and pushes.knows(self.headers.get("Authorization"))
 
         def _send(self, status: int, body: bytes, **headers: str) -> None:
             self.send_response(status)
@@ -112,19 +129,28 @@ def _requests_for(root: Path) -> type[BaseHTTPRequestHandler]:
         def _answer(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
             body = self.rfile.read(length)
+            if pushes is not None:
+                told = pushes.answer(self.command, self.path, dict(self.headers.items()), body)
+                if told is not None:
+                    status, value, more = told
+                    more |= {"Content_Type": "application/json"} if status != 204 else {}
+                    return self._send(status, json.dumps(value).encode(), **more)
             address = urlsplit(self.path)
             parts = [unquote(part) for part in address.path.strip("/").split("/")]
             is_api = parts[0] == "api"
             parts = parts[1:] if is_api else parts
             kind = parts.pop(0) if parts[0] in ("models", "datasets") else "models"
             repo = root / kind / "/".join(parts[:2])
-            if len(parts) < 2 or not repo.is_dir():
+            hidden = (repo / ".private").exists() and not self._known(pushes)
+            if len(parts) < 2 or not repo.is_dir() or hidden:
                 # What the real hub tells anonymous callers, who may not know if it exists.
                 return self._refuse(401, "RepoNotFound", "Repository not found")
             verb, *rest = parts[2:] or ["info"]
             revision = rest.pop(0) if rest else "main"
-            commit = _commit(repo)
-            if revision not in ("main", commit):
+            branch = repo.parent / f".{repo.name}@{revision}"
+            repo = branch if branch.is_dir() else repo
+            commit = commit_of(repo)
+            if revision not in ("main", commit) and not branch.is_dir():
                 return self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
             query = parse_qs(address.query)
             if is_api and verb in ("info", "revision"):
@@ -140,9 +166,12 @@ def _requests_for(root: Path) -> type[BaseHTTPRequestHandler]:
 
         def _info(self, repo: Path, name: str, commit: str) -> dict[str, Any]:
             gated = "manual" if (repo / ".gated").exists() else False
-            siblings = [{"rfilename": n} for n in _files(repo)]
-            return {"_id": commit[:24], "id": name, "modelId": name, "sha": commit,
-                    "private": False, "disabled": False, "gated": gated, "tags": [],
+            siblings = [{"rfilename": n} for n in files_of(repo)]
+            private, card = (repo / ".private").exists(), repo / "README.md"
+            head = card.read_text().split("---\n") if card.exists() else []
+            about = {"cardData": yaml.safe_load(head[1])} if len(head) > 2 else {}
+            return {**about, "_id": commit[:24], "id": name, "modelId": name, "sha": commit,
+                    "private": private, "disabled": False, "gated": gated, "tags": [],
                     "downloads": 0, "likes": 0, "siblings": siblings,
                     "lastModified": "2024-01-01T00:00:00.000Z"}
 
@@ -153,7 +182,7 @@ def _requests_for(root: Path) -> type[BaseHTTPRequestHandler]:
             self._json(entries)
 
         def _paths(self, repo: Path, paths: list[str]) -> None:
-            files = _files(repo)
+            files = files_of(repo)
             folders = {e["path"]: e for e in _tree(repo, "", True) if e["type"] == "directory"}
             asked = [p.strip("/") for p in paths]
             self._json([folders[p] if p in folders else _entry(p, files[p])
@@ -162,10 +191,10 @@ def _requests_for(root: Path) -> type[BaseHTTPRequestHandler]:
         def _file(self, repo: Path, name: str, commit: str) -> None:
             if (repo / ".gated").exists():
                 return self._refuse(403, "GatedRepo", "Access to this repository is restricted.")
-            if name not in _files(repo):
+            if name not in files_of(repo):
                 return self._refuse(404, "EntryNotFound", f"Entry not found: {name}")
-            data = _files(repo)[name].read_bytes()
-            common = {"ETag": f'"{_git_id(data)}"', "X_Repo_Commit": commit,
+            data = files_of(repo)[name].read_bytes()
+            common = {"ETag": f'"{git_id(data)}"', "X_Repo_Commit": commit,
                       "Accept_Ranges": "bytes"}
             asked = self.headers.get("Range", "")
             if not asked.startswith("bytes="):

@@ -88,7 +88,7 @@ def test_no_flag_of_prune_is_dead(settled: Any) -> None:
 CALLED = {
     "certify": "certificate.certify", "compare": "compare_runs.compare", "export": "to_gguf.export",
     "explain": "explain.explain", "gate": "gate.gate", "prices": "pricing.prices",
-    "relearn": "relearn.relearn",
+    "push": "push.push", "relearn": "relearn.relearn",
 }  # fmt: skip
 
 

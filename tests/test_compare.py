@@ -670,17 +670,17 @@ def test_losses_on_other_validation_blocks_are_not_compared(tmp_path: Path) -> N
 
 def test_the_recipe_of_the_paper_has_its_budgets() -> None:
     root = Path(__file__).parent.parent / "recipes"
-    paper = recipe.load(root / "paper-llama-1b.yaml")
+    paper = recipe.load(root / "paper.yaml")
     per_step = compare_shapes.tokens_per_step(paper)
     assert per_step == 64 * 1024
     assert paper.recover.tokens == 20_000 * per_step
     assert paper.train.warmup * paper.recover.tokens / per_step == 1000
     assert paper.lasso.tokens == 70_000 * 108 * 512
-    recipe.load(root / "paper-llama-1b.yaml", {"method": "lasso"})
-    recipe.load(root / "pythia-410m-python.yaml", {"recover_tokens": "20M"})
+    recipe.load(root / "paper.yaml", {"method": "lasso"})
+    recipe.load(root / "compare-from-scratch.yaml", {"recover_tokens": "20M"})
 
 
-DOCUMENTS = ("docs/compare.md", "recipes/paper-llama-1b.yaml", "recipes/pythia-410m-python.yaml")
+DOCUMENTS = ("docs/compare.md", "recipes/paper.yaml", "recipes/compare-from-scratch.yaml")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

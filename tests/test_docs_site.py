@@ -30,7 +30,7 @@ import typer
 import yaml
 
 import llm_narrow
-from llm_narrow import cli, domains, families, recipe
+from llm_narrow import cli, domains, families, init_schema, recipe
 from llm_narrow.recipe import FLAGS, Recipe
 from llm_narrow.scores import CRITERIA, score
 from tiny import batch, tiny
@@ -50,9 +50,10 @@ SHELL = ("sh", "bash")
 PIECES = {"docs/adding-an-architecture.md": "test_laws.py"}
 # Flags that pages name and that are of other programs.
 FOREIGN = {"--help", "--mixed_precision"}
-COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-PARAMS = [p for command in COMMANDS.values() for p in command.params]
-OPTIONS = {"--version", *(flag for p in PARAMS for flag in (*p.opts, *p.secondary_opts))}
+WHOLE: Any = typer.main.get_command(cli.app)
+COMMANDS: dict[str, Any] = WHOLE.commands
+PARAMS = [p for command in (WHOLE, *COMMANDS.values()) for p in command.params]
+OPTIONS = {*(flag for p in PARAMS for flag in (*p.opts, *p.secondary_opts))}
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,9 @@ def before_own(words: list[str]) -> list[str]:
 def check_command(block: Block, words: list[str], tmp_path: Path) -> None:
     """Parse it, and read its settings as the command would."""
     name, rest = words[0], words[1:]
+    if name.startswith("--"):  # of the program, which ends then
+        assert name in OPTIONS, name
+        return
     taken = COMMANDS[name].make_context(name, list(rest)).params
     given = {key: taken[key] for key in FLAGS if taken.get(key) is not None}
     if name not in ("prune", "regularize", "score", "recover", "compare") or taken.get("source"):
@@ -297,7 +301,7 @@ def _template(node: ast.expr) -> str:
 def made() -> Iterator[dict[str, ModuleType]]:
     """The scripts of examples/docs, imported as mkdocs does: with each other in reach."""
     folder = ROOT / "examples/docs"
-    names = ("links", "schema", "reference")
+    names = ("links", "reference")
     before = {name: sys.modules.pop(name, None) for name in names}
     sys.path.insert(0, str(folder))
     try:
@@ -361,12 +365,10 @@ SPELLED = [
 
 
 @pytest.mark.parametrize(("settings", "good"), SPELLED, ids=str)
-def test_the_schema_takes_what_a_recipe_takes(
-    made: dict[str, ModuleType], settings: dict[str, Any], good: bool
-) -> None:
+def test_the_schema_takes_what_a_recipe_takes(settings: dict[str, Any], good: bool) -> None:
     jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
     data = {"model": {"name": "m"}, "domain": {"name": "d"}, **settings}
-    assert jsonschema.Draft202012Validator(made["schema"].schema()).is_valid(data) is good
+    assert jsonschema.Draft202012Validator(init_schema.schema()).is_valid(data) is good
     try:
         Recipe.model_validate(data)
     except ValueError:
@@ -376,11 +378,9 @@ def test_the_schema_takes_what_a_recipe_takes(
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
-def test_the_schema_takes_the_recipes_and_what_runs_write(
-    made: dict[str, ModuleType], file: Path
-) -> None:
+def test_the_schema_takes_the_recipes_and_what_runs_write(file: Path) -> None:
     jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
-    check = jsonschema.Draft202012Validator(made["schema"].schema()).validate
+    check = jsonschema.Draft202012Validator(init_schema.schema()).validate
     check(yaml.safe_load(file.read_text()))
     check(yaml.safe_load(recipe.load(file).to_yaml()))
 

@@ -69,6 +69,12 @@ def test_settings_change_what_is_told(told: Any) -> None:
     assert again["recovery"].flops - plain["recovery"].flops == pytest.approx(640 * narrow)
     assert again["recovery"].bytes < plain["recovery"].bytes < taught["recovery"].bytes
     assert plain["recovery"].bytes > 20 * plan.parameters_after
+    # LoRA of rank 4 on q, k, v, o (32 x 32, 32 x 16 twice, 32 x 32) and three matrices of 48 x 32.
+    little, *_ = told(**given, distill="none", recover_method="lora", lora_rank=4)
+    added = 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (48 + 32))
+    assert plain["recovery"].bytes - little["recovery"].bytes == (
+        16 * plan.parameters_after - 20 * added
+    )
     assert "refit" not in told(sparsity={"neurons": 0.5}, refit=False)[0]
     assert "recovery" not in told(sparsity={"neurons": 0.5})[0]
 

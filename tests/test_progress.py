@@ -1,6 +1,7 @@
 """Long loops tell that they are alive, on a terminal and in a log file."""
 
 import io
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -34,3 +35,30 @@ def test_a_terminal_gets_a_bar() -> None:
 
 def test_a_silent_loop_only_yields() -> None:
     assert list(progress.silent([1], "x")) == [1]
+
+
+def test_a_notebook_gets_one_bar_that_is_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    display = pytest.importorskip("IPython.display", reason="IPython is not installed")
+    drawn: list[str] = []
+
+    class Place:
+        def update(self, table: Any) -> None:
+            drawn.append(table._repr_mimebundle_([], [])["text/plain"])
+
+    def shown(table: Any, *, display_id: bool) -> Place:
+        assert display_id
+        place = Place()
+        place.update(table)
+        return place
+
+    monkeypatch.setattr(display, "display", shown)
+    clock = iter(range(1000))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    console = Console(force_jupyter=True)
+    assert list(progress.shown(console)(iter("abc"), "scoring", total=3)) == ["a", "b", "c"]
+    assert [line.split("/")[0][-1] for line in drawn] == ["0", "1", "2", "3", "3"]
+    assert all("scoring" in line for line in drawn)
+    failing = progress.shown(console)(iter("abc"), "refit", total=3)
+    next(failing)
+    failing.close()  # as a loop that ends early lets go of it
+    assert "refit" in drawn[-1] and "0/3" in drawn[-1] and len(drawn) == 7

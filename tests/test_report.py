@@ -235,7 +235,9 @@ def test_the_hub_understands_the_card():
 @pytest.mark.parametrize(
     ("name", "origin"),
     [
-        ("EleutherAI/pythia-410m", "EleutherAI/pythia-410m"), ("smollm2-135m", None),
+        ("EleutherAI/pythia-410m", "EleutherAI/pythia-410m"),
+        ("pythia-410m@step1000", "EleutherAI/pythia-410m"),
+        ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct"),
         ("./models/x", None), ("models/x.gguf", None), ("here/model", None),
     ],
 )

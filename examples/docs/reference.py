@@ -9,12 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-import schema
 import typer
 from pydantic.fields import FieldInfo
 
 import llm_narrow
-from llm_narrow import cli, options, recipe, sections
+from llm_narrow import cli, init_schema, options, recipe, sections
 from llm_narrow.recipe import FLAGS, Recipe
 from llm_narrow.sections import Section
 
@@ -32,7 +31,7 @@ def pages() -> dict[str, str]:
     made = {f"{COMMANDS}{name}.md": command_page(name) for name in commands()}
     made |= {f"{MODULES}{name}.md": module_page(name) for name in modules()}
     made["reference/recipe.md"] = recipe_page()
-    made["reference/recipe.schema.json"] = json.dumps(schema.schema(), indent=2) + "\n"
+    made["reference/recipe.schema.json"] = init_schema.text()
     made["reference/python.md"] = python_page()
     return made
 

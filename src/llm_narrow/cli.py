@@ -18,7 +18,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from . import __doc__ as about
-from . import cli_explain, cli_make, cli_paper, cli_prices, cli_proof, cli_show
+from . import cli_explain, cli_init, cli_make, cli_paper, cli_prices, cli_proof, cli_push, cli_show
+from . import completion as shells
 from .allocator import keep_freed_memory
 from .errors import NarrowError
 
@@ -47,14 +48,18 @@ def _top(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
+    show_completion: shells.Show = None,
+    install_completion: shells.Install = None,
 ) -> None:
     pass
 
 
 for command in (
+    cli_init.init,
     cli_make.prune, cli_make.regularize, cli_make.recover, cli_make.resume, cli_make.score,
     cli_make.compare, cli_make.convert, cli_make.export, cli_show.bench, cli_show.report,
     cli_explain.explain, cli_prices.prices, cli_proof.relearn, cli_proof.certify, cli_proof.gate,
+    cli_push.push,
     cli_show.inspect, cli_show.models, cli_show.domains, cli_paper.paper,
 ):  # fmt: skip
     app.command()(command)
@@ -66,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _stopped)
     keep_freed_memory()
+    shells.prepare()
     try:
         app(args=arguments, prog_name="llm-narrow", obj=arguments)
     except NarrowError as error:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import cost
+from . import cost, lora
 from .blocks import Blocks
 from .inputs import Inputs
 from .losses import LEARNT, language_loss
@@ -51,14 +51,14 @@ def forecast(recipe: Recipe, start: Inputs, plan: Plan, blocks: Blocks) -> tuple
     def part(name: str, tokens: int, flops: float, held: int) -> Part:
         return Part(name, tokens, flops, flops / per_second, held)
 
-    def learning(name: str, tokens: int, of: float, size: int) -> Part:
+    def learning(name: str, tokens: int, of: float, size: int, added: int | None = None) -> Part:
         t = recipe.train
         passes = 4 if t.checkpointing else 3
         taught = whole if t.distill != "none" else 0.0
         steps = tokens / (recipe.blocks.batch_size * t.accumulation * recipe.blocks.length)
         looked = (steps / t.evaluate_every + 2) * t.validation_tokens
         return part(name, tokens, tokens * (passes * of + taught) + looked * of,
-                    _learning_bytes(recipe, start, sizes[0], size))  # fmt: skip
+                    _learning_bytes(recipe, start, sizes[0], size, added))  # fmt: skip
 
     parts: list[Part] = []
     calibration = blocks.tokens.numel()
@@ -71,7 +71,8 @@ def forecast(recipe: Recipe, start: Inputs, plan: Plan, blocks: Blocks) -> tuple
     if recipe.prune.refit != "none":
         parts.append(part("refit", calibration, 2 * calibration * (whole + narrow), scoring))
     if recipe.recover.tokens:
-        parts.append(learning("recovery", recipe.recover.tokens, narrow, sizes[1]))
+        added = _added(recipe, model)
+        parts.append(learning("recovery", recipe.recover.tokens, narrow, sizes[1], added))
     tokens = recipe.measure.held_out_tokens
     parts.append(part("measurement, before and after", tokens, tokens * (whole + narrow), scoring))
     return tuple(parts)
@@ -96,8 +97,21 @@ def _channels_gone(plan: Plan) -> int:
     return sum(int((~plan.keep[g.name]).sum()) * s.block for g in heads for s in g.reads)
 
 
-def _learning_bytes(recipe: Recipe, start: Inputs, whole: int, learns: int) -> int:
-    """What training holds: of every parameter that learns, of the teacher, and activations."""
+def _added(recipe: Recipe, model: Any) -> int | None:
+    """Parameters that LoRA adds, going by the whole model; None where all weights learn."""
+    if recipe.recover.method != "lora":
+        return None
+    weights = [model.get_submodule(name).weight for name in lora.layers(model)]
+    return recipe.recover.lora_rank * sum(sum(weight.shape) for weight in weights)
+
+
+def _learning_bytes(
+    recipe: Recipe, start: Inputs, whole: int, size: int, added: int | None
+) -> int:
+    """What training holds: of every parameter that learns, of the teacher, and activations.
+
+    `size` are the parameters of the model; with LoRA those learn that are `added`.
+    """
     model, t = start.loaded.model, recipe.train
     batch = {"batch_size": recipe.blocks.batch_size, "length": recipe.blocks.length}
     scoring = memory_estimate(model, start.groups, criterion="attribution", **batch)
@@ -110,5 +124,6 @@ def _learning_bytes(recipe: Recipe, start: Inputs, whole: int, learns: int) -> i
         activations = entered + activations // config.num_hidden_layers
     logits = LEARNT * config.vocab_size * 3 * 4
     teacher = {"none": 0, "cached": 0, "teacher": 2 if start.bf16 else 4}[t.distill] * whole
-    held: int = LEARNS * learns + teacher + activations + logits
+    learning = LEARNS * size if added is None else 4 * size + LEARNS * added
+    held: int = learning + teacher + activations + logits
     return held

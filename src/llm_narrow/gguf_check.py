@@ -105,7 +105,7 @@ def require_llama_cpp() -> None:
     if find_spec(PACKAGE) is None:
         raise BadInput(
             f"The check of a GGUF file needs llama.cpp (package {PACKAGE}), which is not "
-            "installed. Install llm-narrow[export], or leave the check out with --no-check."
+            "installed. Install llm-narrow[gguf], or leave the check out with --no-check."
         )
 
 

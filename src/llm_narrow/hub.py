@@ -26,6 +26,7 @@ WANTED = (
     "config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
     "model-*-of-*.safetensors", "tokenizer*", "vocab.*", "merges.txt", "spiece.model",
     "special_tokens_map.json", "added_tokens.json", "chat_template*", "LICENSE*",
+    "keep.safetensors", "vocabulary.safetensors",  # of a narrowed model
 )  # fmt: skip
 PICKLED = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack")
 LOCAL = (
@@ -63,7 +64,7 @@ def _download(repo: str, revision: str | None, wanted: list[str], track: Track) 
         return _cached(repo, revision, wanted, error)
     pickled = [file.filename for file in files if _is_pickled(file.filename)]
     safe = [file for file in files if file.filename not in pickled]
-    if not any(file.filename.endswith(".safetensors") for file in safe):
+    if not any(fnmatch(file.filename, "model*.safetensors") for file in safe):
         what = f"only pickled weights ({pickled[0]})" if pickled else "no weights"
         raise BadInput(
             f"{repo} on the hub has {what}; model.safetensors is needed. Choose another revision, "
@@ -113,7 +114,7 @@ def _cached(repo: str, revision: str | None, wanted: list[str], error: Exception
                 repo, revision=revision, allow_patterns=wanted, local_files_only=True
             )
         )
-        if any(folder.glob("*.safetensors")):
+        if any(folder.glob("model*.safetensors")):
             return folder
     except LocalEntryNotFoundError:
         pass

@@ -140,6 +140,18 @@ def load(
     return Loaded(model.eval(), tokenizer, name, folder, digest)
 
 
+def check(name: str) -> None:
+    """Raise what `load` would for the name, or for the folder, without fetching or opening weights.
+
+    Of a model on the hub only the form of its id is looked at.
+    """
+    alias = name.partition("@")[0]
+    of_hub = isinstance(KNOWN.get(alias, ("",))[0], str) and alias in KNOWN
+    file = Path(name).expanduser()
+    if not (name in KNOWN or of_hub or _is_hub_id(name) or _is_gguf(file)):
+        _check(_find(name, None, False, silent))
+
+
 def known() -> list[ModelRow]:
     """Every model that has an alias, in the order of the table."""
     rows = []
@@ -205,6 +217,10 @@ def _find(name: str, revision: str | None, code: bool, track: Track) -> Path:
     raise UnknownName(
         "Model", name, KNOWN, "A hub id (ORG/NAME), a folder and a .gguf file will do as well."
     )
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf" and path.is_file()
 
 
 def _is_hub_id(name: str) -> bool:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .completion import NAMES, completed
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
@@ -64,6 +66,7 @@ OPTIONS: dict[str, Any] = {
     "calibration_tokens": _tokens("Tokens to score and refit on."),
     "forget": _text("Domains, with commas between, whose units go first."),
     "forget_weight": _number("How much their use counts against a unit."),
+    "forget_refit": _number("How much the refit unlearns them, e.g. 0.1."),
     "kinds": _text("What may go: neurons, heads, experts, vocabulary, attention, mlp, layers."),
     "vocabulary": _text("whole, or domain: the tokens that the domain does not use go first."),
     "vocabulary_threshold": _whole("How often a token has to come up in the text to stay."),
@@ -119,6 +122,8 @@ OPTIONS: dict[str, Any] = {
     "device": _text("auto, cpu, mps, cuda or cuda:N."),
     "dtype": _text("float32, bfloat16, float16."),
 }
+for _name in NAMES:
+    OPTIONS[_name].__metadata__[0].autocompletion = completed(_name)
 
 SOURCE = ("model", "domain")
 TEXT = ("glob", "text_column", "project_column", "max_documents", "length", "batch_size")

@@ -2,17 +2,19 @@
 
 `200k` for a number of tokens, `neurons,heads` for a list and the like are turned into plain values
 before pydantic looks at them, so that its schema does not know them. Here each of these turns
-says what it takes; a field with another one fails the build rather than get a wrong schema.
+says what it takes; a field with another one is an error rather than a wrong schema. The schema as a
+file is recipes/recipe.schema.json: `llm-narrow init --schema` prints it.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 from pydantic import BeforeValidator
 
-from llm_narrow import sections
-from llm_narrow.recipe import Recipe
-from llm_narrow.sections import KINDS, Section
+from . import sections
+from .recipe import Recipe
+from .sections import KINDS, Section
 
 NUMBER = r"\d+(\.\d+)?"
 SHARE = r"0?(\.\d+)?"
@@ -41,6 +43,11 @@ def schema() -> dict[str, Any]:
         if choice.get("type") == "array":
             choice["items"]["enum"].append(VOCABULARY)
     return made
+
+
+def text() -> str:
+    """The schema as a file has it."""
+    return json.dumps(schema(), indent=2) + "\n"
 
 
 def _also(field: dict[str, Any], spellings: list[dict[str, Any]]) -> None:
