@@ -74,7 +74,7 @@ def test_no_flag_of_prune_is_dead(settled: Any) -> None:
     negative = {"--refit": "--no-refit", "--speed": "--no-speed", "--fill": "--no-fill",
                 "--report": "--no-report"}  # fmt: skip
     tried = {negative.get(option, option) for option in options - ABOUT_THE_CALL}
-    assert tried == {*CHANGED, "--step", "--penalty", "--keep-layers"}
+    assert tried == {*CHANGED, "--step", "--penalty", "--keep-layers", "--forget-refit"}
     for option, value in CHANGED.items():
         changed = settled(*names, option, *([] if value is None else [value]))
         assert changed != plain, option
@@ -82,6 +82,8 @@ def test_no_flag_of_prune_is_dead(settled: Any) -> None:
     assert (paper.lasso.step, paper.lasso.penalty) == ("gradient", "hoyer")
     fewer = settled(*names, "--kinds", "layers", "--keep-layers", "3", "--target-params", "60%")
     assert fewer.prune.keep_layers == 3
+    unlearned = settled(*names, "--forget", "english", "--forget-refit", "0.1")
+    assert unlearned.prune.forget_refit == 0.1
 
 
 # Command -> what it calls, with names that the tests cannot load; prune, score and bench are read.

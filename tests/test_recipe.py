@@ -128,7 +128,7 @@ def test_all_problems_of_a_file_at_once(tmp_path: Path) -> None:
         "  prune.sparsity must be at least 0 and below 1, or such a number for each kind "
         "(neurons, heads), got 1.5",
         "  key of prune 'sparcity' is unknown. Did you mean 'sparsity'? Known: allocation, "
-        "channels, damping, keep_layers, kinds, layout, method, multiple, query_heads, refit, "
+        "channels, damping, forget_refit, keep_layers, kinds, layout, method, multiple, "
         "sparsity, target_flops, target_kv_cache, target_params, target_size, vocabulary, "
         "vocabulary_threshold.",
         "  key 'sed' is unknown. Did you mean 'seed'? Known: blocks, device, domain, dtype, "
