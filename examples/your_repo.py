@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 import llm_narrow
 from llm_narrow import blocks, domains, sources
@@ -211,10 +212,11 @@ def run(o: argparse.Namespace, console: Console) -> None:
         raise BadInput(f"None of the {len(paths)} files {which} fits --glob {glob!r}. Try '**/*'.")
     files = read(o.folder, chosen)
     size = sum(len(f.text.encode()) for f in files)
-    console.print(f"{len(files)} files {which} fit {glob}: {size / 1e3:,.0f} kB", highlight=False)
+    console.print(f"{len(files)} files {which} fit {escape(glob)}: {size / 1e3:,.0f} kB",
+                  highlight=False)  # fmt: skip
     found = {f.path: hits for f in files if (hits := secrets(f))}
     for hit in (hit for hits in found.values() for hit in hits):
-        console.print(f"[red]Secret?[/] {hit}", highlight=False, soft_wrap=True)
+        console.print(f"[red]Secret?[/] {escape(hit)}", highlight=False, soft_wrap=True)
     if found and not o.with_secrets:
         files = [f for f in files if f.path not in found]
         console.print(f"{len(found)} of the files are left out for that (--with-secrets has them).")

@@ -1,5 +1,6 @@
 """What a model was measured to be before is not measured again, unless anything is another."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,21 @@ def test_another_config_is_another_model(
         layer.input_layernorm.variance_epsilon = 0.5
     second = benchmark.known_sums(start.loaded, blocks, recipe, silent)
     assert not first.nats.equal(second.nats)
+
+
+def test_the_same_tokens_of_other_documents_are_other_text(
+    model_folder: Path, domain_folder: Path
+) -> None:
+    recipe = recipes.load(None, {"model": model_folder, "domain": domain_folder, "length": 32,
+                                 "held_out_tokens": 128})  # fmt: skip
+    start = inputs.gather(recipe)
+    blocks = inputs.held_out(start.loaded, start.domain, recipe)
+    first = benchmark.known_sums(start.loaded, blocks, recipe, silent)
+    moved = dataclasses.replace(blocks, documents=blocks.documents + 7)
+    second = benchmark.known_sums(start.loaded, moved, recipe, silent)
+    assert second.documents.equal(first.documents + 7)
+    longer = dataclasses.replace(blocks, sizes=blocks.sizes * 2)
+    assert benchmark.known_sums(start.loaded, longer, recipe, silent).bytes.equal(first.bytes * 2)
 
 
 def test_a_broken_file_is_made_anew(model_folder: Path, domain_folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from folders import write_model
-from llm_narrow import channels, inputs, measure, pricing, scoring, units
+from llm_narrow import channels, inputs, measure, pricing, queries, scoring, units
 from llm_narrow import recipe as recipes
 from llm_narrow.cost import size
 from llm_narrow.pricing import Priced
@@ -111,3 +111,21 @@ def test_a_kind_that_there_is_not_is_refused_with_all_that_there_are(
     done = run("prices", model_folder, "--domain", domain_folder, "--kinds", "query-heads")
     assert done.code == 2 and not done.out
     assert "query-heads" in done.err and "query_heads" in done.err and "neurons" in done.err
+
+
+def test_query_heads_that_are_known_are_not_refitted_again(
+    model_folder: Path, domain_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refitted: list[int] = []
+    really = queries.thin
+
+    def thin(model: Any, keep: Any, batches: Any, **given: Any) -> Any:
+        refitted.append(len(batches))
+        return really(model, keep, batches, **given)
+
+    monkeypatch.setattr(queries, "thin", thin)
+    first = priced(model_folder, domain_folder, "query_heads").beside
+    assert refitted and all(refitted)
+    refitted.clear()
+    assert priced(model_folder, domain_folder, "query_heads").beside == first
+    assert refitted and not any(refitted)

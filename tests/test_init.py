@@ -263,6 +263,14 @@ def test_flags_are_laid_over_a_template(name: str, place: Path) -> None:
     assert recipe.load("mine.yaml").prune.sparsity_by_kind == {"heads": 0.5}
 
 
+def test_an_answer_that_sets_nothing_takes_away_what_a_template_sets(place: Path) -> None:
+    done = init.write(Path("mine.yaml"), {"forget": "none"}, template="forget-domain")
+    assert done.recipe.score.forget is None
+    done = init.write(Path("all.yaml"), {"glob": "all"}, template="own-repository")
+    assert recipe.load(ROOT / "recipes/own-repository.yaml").domain.glob
+    assert done.recipe.domain.glob is None
+
+
 def test_lines_that_are_not_changed_stay(place: Path) -> None:
     text = "# head\na_line: 1\nprune:\n  kinds:\n    - heads\n  multiple: 64 # widths\n\nblocks:\n"
     changed = init_text.edited(text, {"kinds": "neurons", "length": 32, "recover_tokens": "0"})

@@ -249,20 +249,26 @@ def test_files_of_another_model_do_not_stay(hub: Hub, own: Path) -> None:
     there = hub.repo("someone/text")
     assert (there / "certificate.md").is_file()
     (there / "model-00001-of-00002.safetensors").write_bytes(b"of an earlier one")
+    (there / "chat_template.jinja").write_text("of an earlier one")
     (there / "NOTICE").write_text("by hand")
     for name in ("certificate.json", "certificate.md", "model/certificate.json"):
         (own / name).unlink()
     again = push.push(own, "someone/text")
-    gone = {"certificate.json", "certificate.md", "model-00001-of-00002.safetensors"}
+    gone = {"certificate.json", "certificate.md", "model-00001-of-00002.safetensors",
+            "chat_template.jinja"}  # fmt: skip
     assert {*hub.pushes.commits[-1]["gone"]} == gone
     assert not any((there / name).exists() for name in gone) and (there / "NOTICE").is_file()
-    assert sum("of an earlier push was removed" in note for note in again.notes) == 3
+    assert sum("of an earlier push was removed" in note for note in again.notes) == len(gone)
 
 
 def test_branches(hub: Hub, own: Path) -> None:
     push.push(own, "someone/text")
     told = push.push(own, "someone/text", branch="smaller")
-    assert told.url == f"{hub.url}/someone/text/tree/smaller" and not told.changed
+    assert told.url == f"{hub.url}/someone/text/tree/smaller"
+    assert {*hub.pushes.commits[-1]["files"]} == {"README.md"}  # it names the branch
+    card_there = (hub.repo("someone/text", "smaller") / "README.md").read_text()
+    assert '"someone/text", revision="smaller"' in card_there
+    assert not push.push(own, "someone/text", branch="smaller").changed
     (own / "model/recipe.yaml").write_text("seed: 3\n")
     assert push.push(own, "someone/text", branch="smaller").changed
     assert (hub.repo("someone/text", "smaller") / "recipe.yaml").read_text() == "seed: 3\n"
@@ -282,9 +288,6 @@ def test_who_sees_a_repository_never_changes(hub: Hub, own: Path) -> None:
         push.push(own, "someone/closed", public=True)
     assert not push.push(own, "someone/open", public=True).changed
     assert len(hub.pushes.created) == 2
-
-
-# The card ------------------------------------------------------------------------------------
 
 
 def test_the_card_says_what_the_hub_reads(hub: Hub, own: Path) -> None:
@@ -343,9 +346,6 @@ def test_metadata_that_the_hub_refuses_is_told(hub: Hub, own: Path) -> None:
     assert hub.pushes.commits == []
 
 
-# Refusals ------------------------------------------------------------------------------------
-
-
 def broken(own: Path, how: str) -> Path:
     """The run with something wrong."""
     if how == "no folder":
@@ -370,6 +370,11 @@ def broken(own: Path, how: str) -> Path:
         text = (own / "model/certificate.json").read_text()
         sha256 = checkpoint.weights_sha256(own / "model")
         (own / "model/certificate.json").write_text(text.replace(sha256, "f" * 64))
+    elif how == "a link":
+        (own / "model").rename(own.parent / "elsewhere")
+        (own / "model").symlink_to(own.parent / "elsewhere", target_is_directory=True)
+    elif how == "token of the tokenizer":
+        (own / "model/chat_template.jinja").write_text(f"{{# {TOKEN} #}}")
     elif how == "token inside":
         with (own / "model/recipe.yaml").open("a") as file:
             file.write(f"# {TOKEN}\n")
@@ -387,6 +392,8 @@ def broken(own: Path, how: str) -> Path:
         ("other weights", "than manifest.json says"),
         ("other certificate", "than certificate.json says"),
         ("token inside", "recipe.yaml of "),
+        ("token of the tokenizer", "chat_template.jinja of "),
+        ("a link", "is a link: what it leads to is not part of the run"),
     ],
 )
 def test_what_is_no_whole_run_is_refused(

@@ -2,9 +2,10 @@
 
     python examples/bench/vocabulary.py --out docs/bench/vocabulary
 
-Tokens are counted on the domain's training part. What stays at each threshold is measured on the
-whole held-out part: tokens per byte as against the whole vocabulary, whether every word of kept
-tokens encodes as before, and whether every document decodes as before. No model is run.
+Tokens are counted in the parts of the domain that `prune` counts them in. What stays at each
+threshold is measured on the whole held-out part: tokens per byte as against the whole vocabulary,
+whether every word of kept tokens encodes as before, and whether every document decodes as before.
+No model is run.
 """
 
 import argparse
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Make the rows that are missing, then the table of all."""
     from llm_narrow import __version__, domains, models, vocabulary
     from llm_narrow.blocks import pack
+    from llm_narrow.trimming import PARTS
     from llm_narrow.vocabulary_rows import vocabulary_axes
 
     args = parse(argv)
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rows": size,
         "parameters_of_a_row": sum(named[n].numel() for n in vocabulary_axes(loaded.model)) // size,
         "domain": domain.name,
-        "train_sha256": domain.sha256["train"],
+        "counted_sha256": {part: domain.sha256[part] for part in PARTS},
         "held_out_sha256": domain.sha256["held_out"],
         "multiple": args.multiple,
         "length": args.length,
@@ -49,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     thresholds = [int(part) for part in args.thresholds.split(",")]
     missing = [t for t in thresholds if str(t) not in rows.done]
     if missing:
-        train = pack(domain, "train", loaded.tokenizer, length=args.length)
-        counted = vocabulary.counts(train, loaded.tokenizer)
+        parts = [pack(domain, part, loaded.tokenizer, length=args.length) for part in PARTS]
+        counted = sum(vocabulary.counts(part, loaded.tokenizer) for part in parts)
     for threshold in missing:
         row = cut(loaded, domain, counted, threshold, args)
         rows.add(str(threshold), {"threshold": threshold, **row})
@@ -143,8 +145,9 @@ def page(found: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
     )
     told = [
         f"{about['model']}, {about['rows']:,} rows of {about['parameters_of_a_row']} parameters, "
-        f"{about['parameters']:,} in all. Domain {about['domain']}: counted on the training part, "
-        f"measured on all {one['documents']:,} held-out documents ({one['bytes'] / 1e6:.1f} MB, "
+        f"{about['parameters']:,} in all. Domain {about['domain']}: counted in "
+        f"{' and '.join(about['counted_sha256'])}, measured on all {one['documents']:,} held-out "
+        f"documents ({one['bytes'] / 1e6:.1f} MB, "
         f"{one['tokens_before'] / one['bytes']:.4f} tokens per byte with the whole vocabulary).",
         f"Words of kept tokens only: {words} of {one['words']:,}. All of them encode as before: "
         f"{_said(checks[0])}. All documents decode as before: {_said(checks[1])}. Translated "

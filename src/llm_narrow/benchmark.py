@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from . import __version__, inputs, measure, trimming
 from .blocks import Blocks
@@ -101,6 +102,8 @@ def known_sums(
         "dtype": recipe.dtype, "bf16": str(inputs.bf16(recipe)),
         "device": str(next(loaded.model.parameters()).device.type),
         "batch": str(recipe.blocks.batch_size),
+        # Equal tokens may be of other documents, or stand for other bytes.
+        "documents": _digest(blocks.documents), "sizes": _digest(blocks.sizes),
         "config": hashlib.sha256(loaded.model.config.to_json_string().encode()).hexdigest(),
     }  # fmt: skip
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
@@ -116,6 +119,10 @@ def known_sums(
     finally:
         fresh.unlink(missing_ok=True)
     return found
+
+
+def _digest(values: Tensor) -> str:
+    return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
 
 
 def row(

@@ -117,7 +117,7 @@ def _query_heads(
         keep = queries.chosen(scored.scores, groups, stay, each)
         narrow, name = copy.deepcopy(model), f"query heads {stay} {scored.path.stem}"
         queries.thin(
-            narrow, keep, () if ground.known(name) is not None else ground.text.fitted,
+            narrow, keep, () if ground.known(_on(ground, name)) is not None else ground.text.fitted,
             damping=ground.text.damping, dtype=ground.text.dtype, track=track,
         )  # fmt: skip
         yield _option(
@@ -156,13 +156,17 @@ def _option(
 
 def _nats(start: Inputs, ground: "Ground", name: str, model: Any, blocks: Blocks) -> float:
     """The summed loss, separators apart, measured or known."""
-    name = f"{name} on {len(ground.wide.tokens)} {ground.wide.sha256[:16]}"
-    found = ground.known(name)
+    found = ground.known(_on(ground, name))
     if found is None:
         with torch.no_grad():
             sums = measure.document_sums(
                 model, blocks, batch_size=len(ground.text.measured[0]), bf16=start.bf16
             )
         found = float(sums.nats.sum())
-        ground.add(name, found)
+        ground.add(_on(ground, name), found)
     return found
+
+
+def _on(ground: "Ground", name: str) -> str:
+    """What is measured under a name in a log: of what, and on which text."""
+    return f"{name} on {len(ground.wide.tokens)} {ground.wide.sha256[:16]}"

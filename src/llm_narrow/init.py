@@ -85,6 +85,8 @@ def write(
     else:
         given = _all(given, console, spell)
     asked = settings(given) | ({} if kinds is None else {"kinds": kinds})
+    # What sets nothing takes away what a template has.
+    asked |= {name: None for name, value in given.items() if source and value == NOTHING.get(name)}
     recipe.load(source.file if source else None, asked, criteria=CRITERIA, spell=spell)
     machine = given.get("machine", "laptop")
     text = (

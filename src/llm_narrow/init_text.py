@@ -41,6 +41,8 @@ def edited(text: str, given: Mapping[str, object]) -> str:
     for name, value in given.items():
         section, key = FLAGS[name].split(".")
         place = _cut(lines, section, key)
+        if value is None:
+            continue
         if place is None:
             lines.append(f"{section}:")
             place = len(lines)

@@ -118,13 +118,17 @@ def push(
     found, left_out = push_files.chosen(folder)
     push_files.check(folder, manifest, found)
     rows = rowfile.read(folder / "rows.jsonl")[0] if (folder / "rows.jsonl").exists() else []
-    data, body = _card(folder, manifest, rows, repo)
+    data, body = _card(folder, manifest, rows, repo, branch)
     if base_model:
         data |= {"base_model": base_model, "base_model_relation": "finetune"}
-    data |= {"license": license} if license else {}
+    if license:
+        data = {k: v for k, v in data.items() if k not in ("license_name", "license_link")}
+        data |= {"license": license}
     texts = {"README.md": f"{card.front(data)}\n{body}"}
     notes = _notes(manifest, data)
     summary = message or f"Narrowed to {_short(manifest)} by llm-narrow {__version__}"
+    push_files.check_text("The card", texts["README.md"])
+    push_files.check_text("The message", summary)
 
     def done(**told: Any) -> Pushed:
         sizes = {name: path.stat().st_size for name, path in found.items()}
@@ -182,7 +186,7 @@ def _check_target(repo: str, branch: str) -> None:
 
 
 def _card(
-    folder: Path, manifest: Mapping[str, Any], rows: Sequence[rowfile.Row], repo: str
+    folder: Path, manifest: Mapping[str, Any], rows: Sequence[rowfile.Row], repo: str, branch: str
 ) -> tuple[dict[str, Any], str]:
     """The head of the card, and its text with what loads the model from the hub.
 
@@ -200,7 +204,10 @@ def _card(
     now = card.metadata(manifest, rows, name=repo.partition("/")[2])
     own = {key: value for key, value in told.items() if key != "model-index"}
     body = text[head.end() :] if head else f"\n{text}"
-    return {**now, **own}, body.replace(card.UNEVEN, ON_THE_HUB).replace('"FOLDER"', f'"{repo}"')
+    named = f'"{repo}"'
+    if branch != constants.DEFAULT_REVISION:
+        named += f', revision="{branch}"'
+    return {**now, **own}, body.replace(card.UNEVEN, ON_THE_HUB).replace('"FOLDER"', named)
 
 
 def _notes(manifest: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:

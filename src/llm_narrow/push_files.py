@@ -21,8 +21,8 @@ OF_MODEL = (
 )  # fmt: skip
 OF_RUN = ("certificate.md",)
 # What an earlier push may have left, and would be taken for a part of this model.
-STALE = ("model*.safetensors", "*.index.json", "keep.safetensors", "vocabulary.safetensors",
-         "certificate.json", "certificate.md")  # fmt: skip
+STALE = (*(name for name in OF_MODEL if not name.startswith(("README", "LICENSE"))), *OF_RUN,
+         "model*.safetensors", "*.index.json")  # fmt: skip
 WHY = (  # names of a run folder -> why they stay
     ((*PICKLED, "*.bin", "*.pkl", "*.pickle"), "pickled: can run any code when opened"),
     (("*.py",), "code"),
@@ -33,6 +33,7 @@ WHY = (  # names of a run folder -> why they stay
     (("scores.safetensors",), "scores, for more cuts of the whole model"),
     (("recipe.yaml", "manifest.json", "certificate.json"), "goes up from model/"),
 )
+WORDS = ("tokenizer.json", "tokenizer.model", "vocab.*", "merges.txt", "spiece.model")  # no texts
 SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # how tokens of the hub look
 
 
@@ -50,7 +51,15 @@ def manifest_of(folder: Path) -> Mapping[str, Any]:
 
 
 def chosen(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
-    """The files that go up by their names there, and the others with why they do not."""
+    """The files that go up by their names there, and the others with why they do not.
+
+    Raises BadInput where the model lies elsewhere.
+    """
+    if (folder / "model").is_symlink():
+        raise BadInput(
+            f"{folder / 'model'} is a link: what it leads to is not part of the run. Put the "
+            "folder itself there."
+        )
     found: dict[str, Path] = {}
     left: dict[str, str] = {}
     for path in sorted([*folder.iterdir(), *(folder / "model").iterdir()]):
@@ -86,16 +95,21 @@ def check(folder: Path, manifest: Mapping[str, Any], found: Mapping[str, Path]) 
                 f"({str(said)[:16]}…). {way}, or put the weights back."
             )
     for name, text in _texts(found):
-        if secret := SECRET.search(text):
-            raise BadInput(
-                f"{name} of {folder} holds what looks like a token of the hub "
-                f"({secret[0][:5]}…). Take it out, and revoke it if it is one."
-            )
+        check_text(f"{name} of {folder}", text)
+
+
+def check_text(name: str, text: str) -> None:
+    """BadInput where a text that goes up holds what looks like a token."""
+    if secret := SECRET.search(text):
+        raise BadInput(
+            f"{name} holds what looks like a token of the hub ({secret[0][:5]}…). Take it out, and "
+            "revoke it if it is one."
+        )
 
 
 def _texts(found: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
     for name, path in found.items():
-        if path.suffix in (".json", ".md", ".yaml") and not name.startswith(("tokenizer", "vocab")):
+        if path.suffix != ".safetensors" and not _matches(name, WORDS):
             yield name, path.read_text(encoding="utf-8", errors="replace")
 
 

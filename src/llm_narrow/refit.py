@@ -181,6 +181,8 @@ def _layerwise(
         layer = model.get_submodule(name)
         whole = copy.deepcopy(layer).to(dtype)
         fits: list[Any] = [*_fits(model, here, gone)]
+        for fit in fits if against else ():
+            fit.open_against()
         if here:
             remove(model, here, keep)
         ahead: list[Tensor] = []

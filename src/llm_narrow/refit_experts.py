@@ -109,7 +109,7 @@ class ExpertFit:
         summed(self.cross)
         summed(self.energy)
 
-    def add_against(self, fed: tuple[Tensor, ...]) -> None:
+    def open_against(self) -> None:
         """Refuse: what experts are fed by other text is not summed up."""
         raise BadInput(
             "prune.forget_refit cannot be done to experts: which of them reads a token is the "

@@ -69,11 +69,14 @@ class Fit:
         self.cross.addmm_(a.T, t)
         self.energy += t.square().sum(0, dtype=torch.float64)
 
+    def open_against(self) -> None:
+        """Begin to sum up text to forget: in every process, also where it has no share of it."""
+        self.against = torch.zeros_like(self.square)
+
     def add_against(self, activations: Tensor) -> None:
         """Add what the reader is fed by one batch of text to forget, kept inputs only."""
         f = activations.reshape(-1, activations.shape[-1]).float()
-        if self.against is None:
-            self.against = torch.zeros_like(self.square)
+        assert self.against is not None
         self.against.addmm_(f.T, f)
 
     def add_up(self) -> None:

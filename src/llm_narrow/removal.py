@@ -29,7 +29,7 @@ def refitted(
     facts: dict[str, Any] = {}
     if all(bool(keep.all()) for keep in plan.keep.values()):
         facts = {"mode": "not needed: no unit was removed"}
-    elif told.get("lasso", {}).get("removed_by_score") == 0:
+    elif told.get("lasso", {}).get("removed_by_score") == 0 and not recipe.prune.forget_refit:
         remove(model, plan.groups, plan.keep)
         facts = {"mode": "not needed: only units of zeros were removed"}
     elif recipe.prune.refit == "none":

@@ -5,7 +5,7 @@ keep the limits are told apart by the price list, the widest of each number of l
 the best few are really measured.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -65,14 +65,16 @@ def spend_even(
     found.sort(key=lambda spent: spent.listed)
     if trials is None:
         return found[0]
-    tried = [(spent, trials(spent.decision)) for spent in found[:tries]]
-    spent, best = min(tried, key=lambda one: one[1].divergence())
-    return replace(spent, measured=best.loss(), divergence=best.divergence())
+    measured = []
+    for spent in found[:tries]:  # one at a time: each holds a model
+        tried = trials(spent.decision)
+        measured.append(replace(spent, measured=tried.loss(), divergence=tried.divergence()))
+    return min(measured, key=lambda spent: spent.divergence or 0.0)
 
 
 def _models(
     prices: Prices, kinds: Sequence[str], floors: Floors, multiple: int
-) -> list[tuple[tuple[int, int], list[Step]]]:
+) -> Iterator[tuple[tuple[int, int], list[Step]]]:
     """The steps to every even model, with its layers gone and heads kept; the widest first."""
     groups = list(prices.groups.values())
     heads = _changeable(groups, "heads") if "heads" in kinds else []
@@ -111,7 +113,6 @@ def _models(
             cheap[g.name, gone] = Step(removal, "", saves, rise, 0)
         return cheap[g.name, gone]
 
-    models = []
     numbers = range(per_layer, min(fewest, per_layer) - 1, -1)
     for fewer, stay, width in product(range(len(layers) + 1), numbers, dict.fromkeys(widths)):
         dead = {p.removal.layer for p in layers[:fewer]}
@@ -123,8 +124,7 @@ def _models(
             kept = max(1, round(width / widest * g.size / multiple)) * multiple
             if own[g.name] not in dead and width < widest and kept < g.size:
                 steps.append(less(g, g.size - kept))
-        models.append(((fewer, stay), steps))
-    return models
+        yield (fewer, stay), steps
 
 
 def _changeable(groups: Sequence[Group], kind: Kind) -> list[Group]:
