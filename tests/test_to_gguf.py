@@ -370,7 +370,7 @@ def test_a_quantization_that_is_not_there(tmp_path, llama):
 
 def test_without_llama_cpp_only_unchecked(tmp_path, llama, monkeypatch):
     monkeypatch.setattr(gguf_check, "find_spec", lambda name: None)
-    with pytest.raises(BadInput, match=r"package xllamacpp\).*llm-narrow\[export\].*--no-check"):
+    with pytest.raises(BadInput, match=r"package xllamacpp\).*llm-narrow\[gguf\].*--no-check"):
         to_gguf.export(llama, tmp_path / "m.gguf")
     assert to_gguf.export(llama, tmp_path / "m.gguf", check=False).check is None
 
