@@ -152,6 +152,7 @@ def assert_same(place: Path, folder: Path) -> None:
         assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["uneven", "trimmed"])
 def test_models_that_need_more_go_too(hub: Hub, made: Any, kind: str, tmp_path: Path) -> None:
     run = made(kind)
