@@ -206,6 +206,8 @@ def test_ctrl_c_at_a_real_terminal_leaves_nothing(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "llm_narrow", "init", "mine.yaml"], cwd=tmp_path,
         stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        # What was started in the background of a shell is deaf to it, and so are its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     os.close(theirs)
     said = b""
