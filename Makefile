@@ -58,6 +58,7 @@ bench: $(VENV)/made-dev
 	$(BIN)/python examples/bench/steps.py
 	$(BIN)/python examples/bench/recovery.py
 	$(BIN)/python examples/bench/survival.py
+	test -f $(OUT)/manifest.json || $(MAKE) demo
 	$(BIN)/python examples/bench/performance.py --run $(OUT)
 	$(BIN)/python examples/neox/train.py --out runs/neox
 	$(BIN)/python examples/neox/show.py --model runs/neox --out docs/bench/neox

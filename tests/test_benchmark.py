@@ -11,11 +11,16 @@ from llm_narrow import recipe as recipes
 from llm_narrow.progress import silent
 
 
-def sums(model: Path, domain: Path, **changes: Any) -> measure.DocumentSums:
+def begun(model: Path, domain: Path, **changes: Any) -> tuple[Any, Any, Any]:
+    """The recipe, what it loads and the held-out blocks."""
     given = {"model": model, "domain": domain, "length": 32, "held_out_tokens": 128, **changes}
     recipe = recipes.load(None, given)
     start = inputs.gather(recipe)
-    blocks = inputs.held_out(start.loaded, start.domain, recipe)
+    return recipe, start, inputs.held_out(start.loaded, start.domain, recipe)
+
+
+def sums(model: Path, domain: Path, **changes: Any) -> measure.DocumentSums:
+    recipe, start, blocks = begun(model, domain, **changes)
     return benchmark.known_sums(start.loaded, blocks, recipe, silent)
 
 
@@ -41,13 +46,10 @@ def test_the_same_is_measured_once(
 
 
 def test_another_config_is_another_model(
-    model_folder: Path, domain_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    model_folder: Path, domain_folder: Path
 ) -> None:
     """The weights are the same, what they are taken for is not."""
-    recipe = recipes.load(None, {"model": model_folder, "domain": domain_folder, "length": 32,
-                                 "held_out_tokens": 128})  # fmt: skip
-    start = inputs.gather(recipe)
-    blocks = inputs.held_out(start.loaded, start.domain, recipe)
+    recipe, start, blocks = begun(model_folder, domain_folder)
     first = benchmark.known_sums(start.loaded, blocks, recipe, silent)
     start.loaded.model.config.rms_norm_eps = 0.5
     for layer in start.loaded.model.model.layers:
@@ -59,10 +61,7 @@ def test_another_config_is_another_model(
 def test_the_same_tokens_of_other_documents_are_other_text(
     model_folder: Path, domain_folder: Path
 ) -> None:
-    recipe = recipes.load(None, {"model": model_folder, "domain": domain_folder, "length": 32,
-                                 "held_out_tokens": 128})  # fmt: skip
-    start = inputs.gather(recipe)
-    blocks = inputs.held_out(start.loaded, start.domain, recipe)
+    recipe, start, blocks = begun(model_folder, domain_folder)
     first = benchmark.known_sums(start.loaded, blocks, recipe, silent)
     moved = dataclasses.replace(blocks, documents=blocks.documents + 7)
     second = benchmark.known_sums(start.loaded, moved, recipe, silent)
