@@ -28,6 +28,7 @@ CHANGED = {
     "--damping": "0.1", "--held-out-tokens": "4096", "--samples": "3",
     "--seed": "1", "--device": "cpu", "--dtype": "bfloat16", "--trust-remote-code": None,
     "--no-refit": None, "--no-speed": None,
+    "--refit-tokens": "8k",
     "--method": "lasso", "--lasso-tokens": "4k", "--lasso-lr": "1e-3", "--control": "timetable",
     "--strength": "2", "--weights": "one",
     "--no-report": None, "--no-fill": None,

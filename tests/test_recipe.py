@@ -129,8 +129,8 @@ def test_all_problems_of_a_file_at_once(tmp_path: Path) -> None:
         "(neurons, heads), got 1.5",
         "  key of prune 'sparcity' is unknown. Did you mean 'sparsity'? Known: allocation, "
         "channels, damping, forget_refit, keep_layers, kinds, layout, method, multiple, "
-        "query_heads, refit, sparsity, target_flops, target_kv_cache, target_params, target_size, "
-        "vocabulary, vocabulary_threshold.",
+        "query_heads, refit, refit_tokens, sparsity, target_flops, target_kv_cache, target_params, "
+        "target_size, vocabulary, vocabulary_threshold.",
         "  key 'sed' is unknown. Did you mean 'seed'? Known: blocks, device, domain, dtype, "
         "lasso, measure, model, prune, recover, score, seed, train.",
         "  score.criterion 'atribution' is unknown. Did you mean 'attribution'? "

@@ -285,3 +285,22 @@ def test_uneven_layers_load_and_can_be_measured_and_cut_again(
     assert again.code == 0, again.err
     cut = json.loads(again.out)["plan"]
     assert {row["before"] for row in cut if row["kind"] == "neurons"} == widths
+
+
+def test_the_refit_may_read_more_than_was_scored(
+    model_folder: Path, domain_folder: Path, tmp_path: Path
+) -> None:
+    made = {}
+    for tokens in (None, 256, 1024):
+        given = {} if tokens is None else {"refit_tokens": tokens}
+        made[tokens] = llm_narrow.prune(
+            model=model_folder, domain=domain_folder, sparsity=0.5, length=32,
+            calibration_tokens=512, held_out_tokens=256, speed=False, samples=0, report=False,
+            out=tmp_path / str(tokens), **given,
+        )  # fmt: skip
+    facts = {tokens: one.manifest for tokens, one in made.items()}
+    assert [f["refit"]["tokens"] for f in facts.values()] == [512, 256, 1024]
+    assert [f["domain"]["tokens"]["calibration"] for f in facts.values()] == [512, 512, 1024]
+    scores = {(tmp_path / str(tokens) / "scores.safetensors").read_bytes() for tokens in made}
+    losses = {one.rows[1].loss for one in made.values()}
+    assert (len(scores), len(losses)) == (1, 3)

@@ -114,7 +114,7 @@ def gathered(recipe: Recipe, asked: Asked, place: Path, track: Track) -> Basis:
     text = inputs.blocks_of(start.loaded, start.domain, "calibration", recipe, track=track)
     free, validation = apart(text, recipe.train.validation_tokens)
     if any(not METHODS[method] for method in asked.methods):
-        free.take(recipe.score.tokens, seed=recipe.seed)
+        free.take(max(recipe.score.tokens, recipe.tokens_to_refit), seed=recipe.seed)
     return Basis(start, shapes, prices, packed, free, validation)
 
 

@@ -240,7 +240,9 @@ def _narrowed(
     recipe, start, left = lessons.recipe, lessons.start, lessons.work
     lasso = recipe.prune.method == "lasso"
     blocks = ground.calibration.take(recipe.score.tokens, seed=recipe.seed)
-    facts["domain"]["tokens"]["calibration"] = blocks.tokens.numel()
+    fitted = ground.calibration.take(recipe.tokens_to_refit, seed=recipe.seed)
+    read = max(blocks.tokens.numel(), fitted.tokens.numel())
+    facts["domain"]["tokens"]["calibration"] = read
     with clock.stage("score"):
         scored = scoring.made(start, recipe, blocks, track=ground.track)
     plan = stages.planned(recipe, start, scored.scores)
@@ -251,7 +253,7 @@ def _narrowed(
     elif cell.seed == ground.recipe.seed:
         _lend(shelf, left.folder, REFITTED)
     with clock.stage("refit and remove"):
-        facts["refit"] = removal.refitted(recipe, start, blocks, plan, facts, left, ground.track)
+        facts["refit"] = removal.refitted(recipe, start, fitted, plan, facts, left, ground.track)
     if keeps and not lasso:
         _lend(left.folder, shelf, REFITTED)
     return plan

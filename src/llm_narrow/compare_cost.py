@@ -70,8 +70,8 @@ def run_flops(recipe: Recipe, shape: Shape, method: str, prices: Prices) -> Flop
         return Flops(0.0, 0.0, training, 0.0, recovered)
     score = 0.0 if recipe.score.criterion in GRADIENT_FREE else 2 * prices.whole
     refit = 0.0 if recipe.prune.refit == "none" else 2 * (prices.whole + shape.flops)
-    seen = recipe.score.tokens
-    return Flops(seen * score, seen * refit, training, drawn if lasso else 0.0, recovered)
+    scored, refitted = recipe.score.tokens * score, recipe.tokens_to_refit * refit
+    return Flops(scored, refitted, training, drawn if lasso else 0.0, recovered)
 
 
 def forecast(

@@ -93,7 +93,7 @@ def against(start: Inputs, recipe: Recipe, *, track: Track) -> Against | None:
     batches: list[Tensor] = []
     for name in recipe.score.forget or ():
         there = _at(start, recipe, name, track)
-        blocks = _most(there, recipe, "calibration", recipe.score.tokens, track)
+        blocks = _most(there, recipe, "calibration", recipe.tokens_to_refit, track)
         batches += blocks.batches(recipe.blocks.batch_size)
     return Against(batches, recipe.prune.forget_refit)
 

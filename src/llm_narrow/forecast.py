@@ -61,7 +61,7 @@ def forecast(recipe: Recipe, start: Inputs, plan: Plan, blocks: Blocks) -> tuple
                     _learning_bytes(recipe, start, sizes[0], size, added))  # fmt: skip
 
     parts: list[Part] = []
-    calibration = blocks.tokens.numel()
+    calibration = recipe.tokens_to_refit
     scoring = memory_estimate(
         model, start.groups, batch_size=recipe.blocks.batch_size, length=recipe.blocks.length,
         criterion=recipe.score.criterion,

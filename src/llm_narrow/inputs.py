@@ -150,9 +150,20 @@ def groups_of(
 
 
 def calibration(inputs: Inputs, recipe: Recipe, *, track: Track = silent) -> Blocks:
-    """The blocks to score and refit on."""
+    """The blocks to score on."""
     blocks = blocks_of(inputs.loaded, inputs.domain, "calibration", recipe, track=track)
     return blocks.take(recipe.score.tokens, seed=recipe.seed)
+
+
+def fitted(inputs: Inputs, recipe: Recipe, scored: Blocks, *, track: Track = silent) -> Blocks:
+    """The blocks to refit on: those that were scored, or as many as the recipe names.
+
+    These begin with the scored ones, or are the first of them.
+    """
+    if recipe.prune.refit_tokens is None:
+        return scored
+    blocks = blocks_of(inputs.loaded, inputs.domain, "calibration", recipe, track=track)
+    return blocks.take(recipe.tokens_to_refit, seed=recipe.seed)
 
 
 def held_out(loaded: Loaded, domain: Domain, recipe: Recipe, *, track: Track = silent) -> Blocks:

@@ -63,7 +63,7 @@ OPTIONS: dict[str, Any] = {
     "length": _whole("Tokens of a block."),
     "batch_size": _whole("Blocks fed to the model at once."),
     "criterion": _text("How units are scored."),
-    "calibration_tokens": _tokens("Tokens to score and refit on."),
+    "calibration_tokens": _tokens("Tokens to score on, and to refit on."),
     "forget": _text("Domains, with commas between, whose units go first."),
     "forget_weight": _number("How much their use counts against a unit."),
     "forget_refit": _number("How much the refit unlearns them, e.g. 0.1."),
@@ -82,6 +82,7 @@ OPTIONS: dict[str, Any] = {
     "layout": _text("auto, or padded: uneven layers filled with zeros, for stock transformers."),
     "multiple": _whole("Widths are multiples of it."),
     "refit": _switch("Repair what is left.", "--refit/--no-refit"),
+    "refit_tokens": _tokens("Tokens to refit on; as many as are scored."),
     "damping": _number("How strongly refit stays put."),
     "method": _text("oneshot (remove by score) or lasso (draw to zero by training first)."),
     "lasso_tokens": _tokens("Tokens to train on with the lasso."),
@@ -134,7 +135,7 @@ SIZE = (
     "query_heads", "channels", "allocation", "layout", "multiple", "vocabulary",
     "vocabulary_threshold",
 )  # fmt: skip
-REFIT = ("refit", "damping")
+REFIT = ("refit", "refit_tokens", "damping")
 LASSO = ("lasso_tokens", "lasso_lr", "penalty", "step", "control", "strength", "weights")
 RECOVERY = ("recover_method", "lora_rank", "lr")
 TRAINING = (

@@ -74,6 +74,7 @@ class Recipe(Section):
         length = self.blocks.length
         needed = [
             ("score.tokens", self.score.tokens, 2),
+            ("prune.refit_tokens", self.tokens_to_refit, 1),
             ("measure.held_out_tokens", self.measure.held_out_tokens, 1),
         ]
         if self.trains:
@@ -95,6 +96,11 @@ class Recipe(Section):
     def trains(self) -> bool:
         """Whether weights are trained, before the removal or after."""
         return self.prune.method == "lasso" or self.recover.tokens > 0
+
+    @property
+    def tokens_to_refit(self) -> int:
+        """On how many tokens the readers are refitted."""
+        return self.prune.refit_tokens or self.score.tokens
 
     def resolved(self) -> dict[str, Any]:
         """As plain data, with what was left open settled; loading it gives the same run."""
@@ -147,6 +153,7 @@ FLAGS: dict[str, str] = {
     "layout": "prune.layout",
     "multiple": "prune.multiple",
     "refit": "prune.refit",
+    "refit_tokens": "prune.refit_tokens",
     "damping": "prune.damping",
     "forget_refit": "prune.forget_refit",
     "method": "prune.method",

@@ -160,6 +160,7 @@ class Prune(Section):
     refit: Annotated[Literal["sequential", "oneshot", "none"], BeforeValidator(refit_mode)] = (
         "sequential"
     )
+    refit_tokens: Count | None = Field(None, ge=1, description=TOKENS)
     damping: float = Field(0.01, gt=0, description="a number above 0")
     forget_refit: float = Field(0.0, ge=0, description="a number of at least 0")
 

@@ -102,7 +102,8 @@ def prune(
             console.print(report.budget_line(bought))
         else:
             plan = planned(recipe, start, scores_found, parameters)
-        used = {"calibration": blocks.tokens.numel()}
+        fitted = inputs.fitted(start, recipe, blocks, track=track)
+        used = {"calibration": max(blocks.tokens.numel(), fitted.tokens.numel())}
         facts = begun(line, recipe, start.loaded, parameters, start.domain, used, clock)
         facts |= {
             "plan": [asdict(row) for row in plan.rows],
@@ -127,10 +128,10 @@ def prune(
         groups, keep = plan.groups, plan.keep
         with clock.stage("refit and remove"):
             if plan.only_units:
-                facts["refit"] = removal.refitted(recipe, start, blocks, plan, facts, left, track)
+                facts["refit"] = removal.refitted(recipe, start, fitted, plan, facts, left, track)
             else:
                 groups, keep, original_config, facts["refit"] = removal.without_parts(
-                    recipe, start, blocks, plan, left, track
+                    recipe, start, fitted, plan, left, track
                 )
         if lessons and recipe.recover.tokens:
             with clock.stage("recover"):
