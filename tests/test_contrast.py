@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from commands import refused
 from llm_narrow import scores
 from llm_narrow.contrast import _less
+from llm_narrow.recipe import FORGETTING
 from llm_narrow.scoring import Scored
 
 TRAIN = ["--recover-tokens", "256", "--validation-tokens", "128", "--distill", "none"]
@@ -47,7 +48,8 @@ def test_units_that_only_the_other_domain_uses_go_first(
 ) -> None:
     kept = {}
     for weight in ("0", "1"):
-        done = prune("--forget", digits, "--forget-weight", weight, "--out", tmp_path / weight)
+        done = prune("--forget", digits, "--forget-weight", weight, "--forget-refit", "0",
+                     "--out", tmp_path / weight)  # fmt: skip
         assert done.code == 0, done.err
         told = json.loads((tmp_path / weight / "manifest.json").read_text())
         (name,) = told["forget"]["domains"]
@@ -60,7 +62,8 @@ def test_units_that_only_the_other_domain_uses_go_first(
             risen = one["bits_per_byte"] - one["bits_per_byte_before"]
             assert one["selectivity"] == pytest.approx(risen / told["forget"]["risen"])
         held, about = scores.read(tmp_path / weight / "scores.safetensors")
-        assert json.loads(about["forget"]).keys() == {str(digits)}
+        assert ("forget" in about) == (weight == "1")
+        assert weight == "0" or json.loads(about["forget"]).keys() == {str(digits)}
         kept[weight] = held
         assert "bits per byte" in done.out
     plain = prune("--out", tmp_path / "plain")
@@ -94,7 +97,7 @@ def test_the_lasso_follows_the_contrast_and_a_trimmed_vocabulary_is_measured_too
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--criterion", "magnitude"), "needs scores that depend on the text"),
+        (("--criterion", "magnitude", "--forget-weight", "1"), "needs scores that depend on"),
         (("--forget", "pythn"), "pythn"),
         (("--forget-weight", "-1"), "at least 0"),
         (("--forget-refit", "1", "--no-refit"), "needs --refit sequential"),
@@ -134,10 +137,19 @@ def test_the_refit_forgets_as_well(prune: Any, digits: Path, tmp_path: Path) -> 
                      "--out", tmp_path / weight)  # fmt: skip
         assert done.code == 0, done.err
         told = json.loads((tmp_path / weight / "manifest.json").read_text())
-        assert told["refit"].get("forget", 0.0) == float(weight)
+        assert told["refit"].get("forget", 0.0) == told["forget"]["refit"] == float(weight)
         kept.append(load_file(tmp_path / weight / "model" / "keep.safetensors"))
         weights.append(load_file(tmp_path / weight / "model" / "model.safetensors"))
     assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
     changed = {n for n, p in weights[0].items() if not torch.equal(p, weights[1][n])}
     assert changed == {n for n in weights[0] if "down_proj" in n}
     refused(prune("--forget-refit", "1", "--out", tmp_path / "none"), "name some there")
+
+
+def test_naming_a_domain_is_enough(prune: Any, digits: Path, tmp_path: Path) -> None:
+    for flags, counts in (((), FORGETTING), (("--no-refit",), 0.0)):
+        done = prune("--forget", digits, *flags, "--out", tmp_path / f"run{counts}")
+        assert done.code == 0, done.err
+        told = json.loads((tmp_path / f"run{counts}/manifest.json").read_text())
+        assert (told["forget"]["weight"], told["forget"]["refit"]) == (0.0, counts)
+        assert told["recipe"]["prune"]["forget_refit"] == counts

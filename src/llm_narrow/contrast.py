@@ -1,9 +1,11 @@
-"""Contrastive narrowing: units are scored by what the domain needs less what others use.
+"""Contrastive narrowing: what is left does well on the domain, and not on others.
 
-With scores in the same unit for every domain (what a unit's loss costs, in the criterion's own
-measure and per token), score = own - weight x the mean over the domains to forget. Units that these
-use and the domain does not come last, so they go first, in one shot as in the lasso, whose order
-follows the scores. What was forgotten is measured beside what was kept.
+The refit has what reads the units give nothing on the others' text (`refit.Against`). With a
+weight, units are also scored by what the domain needs less what the others use: with scores in the
+same unit for every domain (what a unit's loss costs, in the criterion's own measure and per token),
+score = own - weight x the mean over the domains to forget. Units that these use and the domain
+does not go first then, in one shot as in the lasso, whose order follows the scores. What was
+forgotten is measured beside what was kept.
 """
 
 import hashlib
@@ -42,18 +44,21 @@ class Forgotten:
 def contrasted(start: Inputs, recipe: Recipe, own: Scored, *, track: Track) -> Scored:
     """The scores of a run with domains to forget; `own` are those of its own domain.
 
+    Without a weight these are they, and the others' text is not scored.
     One pass for each of them over as many tokens of its calibration part, or all that there are:
     scores are per token, so fewer are only noisier. Raises BadInput for a
     criterion that does not depend on text, and for domains that cannot be read.
     """
-    if recipe.score.criterion in scores.WITHOUT_DATA:
+    if recipe.score.forget_weight and recipe.score.criterion in scores.WITHOUT_DATA:
         raise BadInput(
-            f"--forget needs scores that depend on the text, and {recipe.score.criterion} ones do "
-            "not. Choose another --criterion."
+            f"--forget-weight needs scores that depend on the text, and {recipe.score.criterion} "
+            "ones do not. Choose another --criterion, or weight 0."
         )
+    places = {name: _at(start, recipe, name, track) for name in recipe.score.forget or ()}
+    if not recipe.score.forget_weight:
+        return own
     others: dict[str, Scored] = {}
-    for name in recipe.score.forget or ():
-        there = _at(start, recipe, name, track)
+    for name, there in places.items():
         blocks = _most(there, recipe, "calibration", recipe.score.tokens, track)
         others[name] = scoring.made(there, recipe, blocks, track=track)
     about = {
@@ -88,14 +93,14 @@ def contrasted(start: Inputs, recipe: Recipe, own: Scored, *, track: Track) -> S
 
 def against(start: Inputs, recipe: Recipe, *, track: Track) -> Against | None:
     """The text that the refit is to forget, as much of each domain as is refitted on."""
-    if not recipe.prune.forget_refit:
+    if not recipe.forgetting:
         return None
     batches: list[Tensor] = []
     for name in recipe.score.forget or ():
         there = _at(start, recipe, name, track)
         blocks = _most(there, recipe, "calibration", recipe.tokens_to_refit, track)
         batches += blocks.batches(recipe.blocks.batch_size)
-    return Against(batches, recipe.prune.forget_refit)
+    return Against(batches, recipe.forgetting)
 
 
 def measured(start: Inputs, recipe: Recipe, *, track: Track) -> tuple[Forgotten, ...]:
@@ -133,7 +138,8 @@ def told(
             "documents": len(after.documents), "bytes": int(after.bytes.sum()),
             "selectivity": (now - was) / own if own > 0 else None,
         }  # fmt: skip
-    return {"weight": recipe.score.forget_weight, "risen": own, "domains": found}
+    counts = {"weight": recipe.score.forget_weight, "refit": recipe.forgetting}
+    return {**counts, "risen": own, "domains": found}
 
 
 def _at(start: Inputs, recipe: Recipe, name: str, track: Track) -> Inputs:

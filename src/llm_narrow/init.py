@@ -29,7 +29,7 @@ QUESTIONS = {
     "target": "How small: units to remove (0.5), parameters to keep (60%, 90M) or bytes (200MB)",
     "machine": "Machine it will run on: laptop, gpu or cluster",
     "recover_tokens": "Tokens to train on afterwards, such as 200k; 0 for none",
-    "forget": "Domains whose units go first, with commas between; none for none",
+    "forget": "Domains to forget, with commas between; none for none",
 }
 NOTHING = {"glob": "all", "forget": "none"}  # the answers that set nothing
 DEFAULTS = {"model": "smollm2-135m", "domain": "python", "target": "0.5", "machine": "laptop",
@@ -87,6 +87,8 @@ def write(
     asked = settings(given) | ({} if kinds is None else {"kinds": kinds})
     # What sets nothing takes away what a template has.
     asked |= {name: None for name, value in given.items() if source and value == NOTHING.get(name)}
+    if source and given.get("forget") == NOTHING["forget"]:
+        asked |= {"forget_weight": None, "forget_refit": None}
     recipe.load(source.file if source else None, asked, criteria=CRITERIA, spell=spell)
     machine = given.get("machine", "laptop")
     text = (

@@ -31,6 +31,9 @@ from .sections import (
     target,
 )
 
+# In docs/bench/forgetting.md the greatest that costs the domain itself less than 2 %.
+FORGETTING = 0.03
+
 __all__ = ["FLAGS", "Kind", "Recipe", "Section", "load", "target"]
 
 
@@ -67,7 +70,7 @@ class Recipe(Section):
                 "prune.forget_refit has the refit unlearn the domains of score.forget: name some "
                 "there, or give 0"
             )
-        if self.prune.forget_refit and self.prune.refit != "sequential":
+        if self.forgetting and self.prune.refit != "sequential":
             raise ValueError(
                 f"prune.forget_refit needs prune.refit sequential, got {self.prune.refit}"
             )
@@ -102,6 +105,13 @@ class Recipe(Section):
         """On how many tokens the readers are refitted."""
         return self.prune.refit_tokens or self.score.tokens
 
+    @property
+    def forgetting(self) -> float:
+        """How much a token of the domains to forget counts in the refit."""
+        if self.prune.forget_refit is not None:
+            return self.prune.forget_refit
+        return FORGETTING if self.score.forget and self.prune.refit == "sequential" else 0.0
+
     def resolved(self) -> dict[str, Any]:
         """As plain data, with what was left open settled; loading it gives the same run."""
         p = self.prune
@@ -109,6 +119,7 @@ class Recipe(Section):
         settled = p.model_copy(
             update={
                 "sparsity": by_kind,
+                "forget_refit": self.forgetting if self.score.forget else None,
                 "kinds": (*p.chosen_kinds, *p.parts) if by_kind is None else None,
             }
         )

@@ -29,7 +29,7 @@ def refitted(
     facts: dict[str, Any] = {}
     if all(bool(keep.all()) for keep in plan.keep.values()):
         facts = {"mode": "not needed: no unit was removed"}
-    elif told.get("lasso", {}).get("removed_by_score") == 0 and not recipe.prune.forget_refit:
+    elif told.get("lasso", {}).get("removed_by_score") == 0 and not recipe.forgetting:
         remove(model, plan.groups, plan.keep)
         facts = {"mode": "not needed: only units of zeros were removed"}
     elif recipe.prune.refit == "none":
@@ -79,7 +79,7 @@ def _told(recipe: Recipe, fitted: RefitFacts) -> dict[str, Any]:
         "mode": recipe.prune.refit,
         "tokens": fitted.tokens,
         "damping": fitted.damping,
-        **({"forget": recipe.prune.forget_refit} if recipe.prune.forget_refit else {}),
+        **({"forget": recipe.forgetting} if recipe.forgetting else {}),
         "mean_error": sum(errors) / len(errors),
         "largest_error": max(errors),
     }

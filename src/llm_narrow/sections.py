@@ -123,7 +123,7 @@ class Score(Section):
     criterion: Text = Field("attribution", description="the name of a criterion")
     tokens: Count = Field(65536, ge=1, description=TOKENS)
     forget: Names = Field(None, description="names of domains, folders or files")
-    forget_weight: float = Field(1.0, ge=0, description="a number of at least 0")
+    forget_weight: float = Field(0.0, ge=0, description="a number of at least 0")
 
 
 class Prune(Section):
@@ -162,7 +162,9 @@ class Prune(Section):
     )
     refit_tokens: Count | None = Field(None, ge=1, description=TOKENS)
     damping: float = Field(0.01, gt=0, description="a number above 0")
-    forget_refit: float = Field(0.0, ge=0, description="a number of at least 0")
+    forget_refit: float | None = Field(
+        None, ge=0, description="a number of at least 0"
+    )
 
     @model_validator(mode="before")
     @classmethod
