@@ -322,3 +322,9 @@ def test_many_sizes_take_seconds() -> None:
     for f, share in zip(found, (0.8, 0.6, 0.4), strict=True):
         assert share * whole - 50_000 < f.left.parameters <= share * whole
     assert time.perf_counter() - began < 60
+    began = time.perf_counter()
+    even = spend_even(prices, {"parameters": 0.6 * whole}, kinds=["neurons", "heads"])
+    # A width is at most one step of 8 neurons in 30 layers below the widest that there is room for.
+    step = 8 * 30 * 3 * model.config.hidden_size
+    assert 0.6 * whole - step < even.left.parameters <= 0.6 * whole
+    assert time.perf_counter() - began < 5

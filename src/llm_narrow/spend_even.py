@@ -5,11 +5,13 @@ keep the limits are told apart by the price list, the widest of each number of l
 the best few are really measured.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
-from .budget import Removal
+from .budget import Amounts, Removal
 from .decision import Decision
 from .errors import TargetOutOfReach
 from .prices import Prices, lowest, saved
@@ -18,6 +20,7 @@ from .spend import chosen_kinds, limits_of
 from .units import Group, Kind
 
 TRIES = 3  # models that are measured
+StepsTo = Callable[[int], list[Step]]  # a width
 
 
 def spend_even(
@@ -40,22 +43,26 @@ def spend_even(
     allowed = chosen_kinds(prices, kinds)
     found: list[Spent] = []
     least = prices.whole
-    done: set[tuple[int, int]] = set()  # numbers of layers and heads whose widest model is found
-    for shape, steps in _models(prices, allowed, floors, multiple):
-        if shape in done:
+    for widths, steps_to in _models(prices, allowed, floors, multiple):
+
+        def left(width: int, steps_to: StepsTo = steps_to) -> Amounts:
+            return sum((prices.whole, *(step.saves * -1 for step in steps_to(width))), Amounts())
+
+        least = min(least, left(widths[-1]), key=lambda amounts: amounts.parameters)
+        # What is left falls with the width, so the widest that fits is found by halving.
+        first = bisect_left(widths, True, key=lambda width: within(left(width), limits))
+        if first == len(widths):
             continue
-        decision, left = Decision.whole(prices.layers), prices.whole
+        steps = steps_to(widths[first])
+        decision = Decision.whole(prices.layers)
         for step in steps:
             assert step.removal is not None
             decision = decision.without(prices.layers, step.removal)
-            left -= step.saves
-        if left.parameters < least.parameters:
-            least = left
-        if not within(left, limits):
-            continue
-        done.add(shape)
         listed = prices.loss + risen(steps)
-        found.append(Spent(decision, {}, left, prices.loss, listed, listed, None, tuple(steps), ()))
+        found.append(
+            Spent(decision, {}, left(widths[first]), prices.loss, listed, listed, None,
+                  tuple(steps), ())
+        )  # fmt: skip
     if not found:
         raise TargetOutOfReach(
             f"No model of even widths keeps {_told(target)}: the smallest has "
@@ -74,8 +81,8 @@ def spend_even(
 
 def _models(
     prices: Prices, kinds: Sequence[str], floors: Floors, multiple: int
-) -> Iterator[tuple[tuple[int, int], list[Step]]]:
-    """The steps to every even model, with its layers gone and heads kept; the widest first."""
+) -> Iterator[tuple[list[int], StepsTo]]:
+    """For each number of layers and of heads the widths, the widest first, and the steps to one."""
     groups = list(prices.groups.values())
     heads = _changeable(groups, "heads") if "heads" in kinds else []
     neurons = _changeable(groups, "neurons") if "neurons" in kinds else []
@@ -114,7 +121,8 @@ def _models(
         return cheap[g.name, gone]
 
     numbers = range(per_layer, min(fewest, per_layer) - 1, -1)
-    for fewer, stay, width in product(range(len(layers) + 1), numbers, dict.fromkeys(widths)):
+
+    def steps_to(width: int, fewer: int, stay: int) -> list[Step]:
         dead = {p.removal.layer for p in layers[:fewer]}
         steps = [Step(p.removal, "", p.saves, p.increase, 0) for p in layers[:fewer]]
         for g in heads:
@@ -124,7 +132,10 @@ def _models(
             kept = max(1, round(width / widest * g.size / multiple)) * multiple
             if own[g.name] not in dead and width < widest and kept < g.size:
                 steps.append(less(g, g.size - kept))
-        yield (fewer, stay), steps
+        return steps
+
+    for fewer, stay in product(range(len(layers) + 1), numbers):
+        yield list(dict.fromkeys(widths)), partial(steps_to, fewer=fewer, stay=stay)
 
 
 def _changeable(groups: Sequence[Group], kind: Kind) -> list[Group]:
