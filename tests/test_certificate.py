@@ -217,6 +217,10 @@ def test_other_weights_are_refused(run_folder: Path, tmp_path: Path) -> None:
 
 
 def test_files_of_other_models_are_refused(run_folder: Path, tmp_path: Path) -> None:
+    other = matrix_of(run_folder, tmp_path / "other.json")
+    other.write_text(other.read_text().replace('"form": 1', '"form": 2'))
+    with pytest.raises(BadInput, match="form 2, and this version reads form 1"):
+        certify(run_folder, matrix=other)
     matrix = matrix_of(run_folder, tmp_path / "matrix.json", own="0" * 64)
     with pytest.raises(BadInput, match=r"does not compare .*bench"):
         certify(run_folder, matrix=matrix)

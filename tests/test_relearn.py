@@ -22,7 +22,7 @@ from llm_narrow.models import load
 from llm_narrow.relearn import relearn
 from llm_narrow.relearn_answers import Subject, answers, line_of, ratio_of
 from llm_narrow.relearn_cells import places
-from llm_narrow.relearn_subjects import whole_of
+from llm_narrow.relearn_subjects import method_of, whole_of
 from llm_narrow.relearn_text import answer_text
 from proof import ASKED, write_lost, write_runs
 
@@ -519,3 +519,18 @@ def test_fresh_weights_have_the_shape_of_a_model_without_halves_of_layers(
     made = [[type(part) for part in m.modules()] for m in (loaded.model, fresh)]
     assert made[0] == made[1]  # nothing stands where a half went, in both
     assert 0 in {n for shape in own.values() for n in shape}  # a half really went
+
+
+@pytest.mark.parametrize(
+    ("told", "method"),
+    [
+        ({}, "oneshot"),
+        ({"recipe": {"score": {"criterion": "random"}}}, "random"),
+        ({"recipe": {"prune": {"method": "lasso"}}}, "lasso"),
+        # of `recover`, which has a recipe of its own
+        ({"recipe": {"prune": {"method": "oneshot"}}, "lasso": {"removed": 3}}, "lasso"),
+        ({"compare": {"method": "distilled"}, "lasso": {"removed": 3}}, "distilled"),
+    ],
+)
+def test_how_a_run_was_made(told: dict[str, Any], method: str) -> None:
+    assert method_of(told) == method

@@ -167,7 +167,12 @@ def _of_matrix(
         command = at(found, "command") or _matrix([*models.values()], sets)
         name = models.get(run.sha256)
         whole = found["models"][0]["sha256"]
-        if name is None or whole != run.original["sha256"] or found.get("form") != 1:
+        if found.get("form") != 1:
+            raise BadInput(
+                f"{file} is of form {found.get('form')}, and this version reads form 1. Run "
+                f"`{_matrix([*models.values()], sets)}` again."
+            )
+        if name is None or whole != run.original["sha256"]:
             raise BadInput(
                 f"{file} does not compare {run.folder} with its whole model. "
                 f"`{_matrix([str(run.original['name']), str(run.folder)])}` does."

@@ -61,7 +61,8 @@ def method_of(told: Mapping[str, Any]) -> str:
     """How the model of a manifest was made, in one of the words of `compare`."""
     if isinstance(method := at(told, "compare", "method"), str):
         return method
-    if at(told, "recipe", "prune", "method") == "lasso":
+    # A run of `recover` has a recipe of its own, and keeps what was told of the lasso before it.
+    if at(told, "recipe", "prune", "method") == "lasso" or at(told, "lasso"):
         return "lasso"
     return "random" if at(told, "recipe", "score", "criterion") == "random" else "oneshot"
 
