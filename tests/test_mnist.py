@@ -748,7 +748,9 @@ def mnist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, idx_folder: Path) -> 
     """Runs the command with the tiny preset."""
     run = M["run"]
     monkeypatch.setitem(run.PRESETS, "tiny", tiny)
-    monkeypatch.setattr(run, "keep_freed_memory", lambda: True)  # for the process, so not in tests
+    monkeypatch.setattr(
+        "llm_narrow.paper_toys.keep_freed_memory", lambda: True
+    )  # for the process, so not in tests
 
     def go(*options: str) -> Any:
         run.main(["--preset", "tiny", "--out", str(tmp_path / "out"), "--device", "cpu",

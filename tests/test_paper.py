@@ -23,6 +23,7 @@ from example_modules import opened
 from llm_narrow import (
     channels,
     cli,
+    models,
     paper,
     paper_claims,
     paper_page,
@@ -325,6 +326,7 @@ def correlated(neurons: float, streams: float, library: float | None = None) -> 
     other = {**by, "channels": {s: ends(streams if library is None else library)
                                 for s in ("raw", "log")}}  # fmt: skip
     about = {"units": {"neurons": 500, "channels": 576}, "batches": 3, "tokens": 2048,
+             "of": {"neurons": 46080, "channels": 576},
              "model": "a model", "precision": "float32"}  # fmt: skip
     return {"about": about, "zeros": 0, "correlations": {"weights": by, "attribution": other}}
 
@@ -406,7 +408,7 @@ def comparison(place: Path, losses: Mapping[tuple[str, int], Sequence[float]], *
                training: Mapping[str, Sequence[float]] | None = None) -> Any:  # fmt: skip
     """The results of runs with such losses by method and neurons gone of 1000, a loss per seed."""
     for (method, gone), values in losses.items():
-        folder = place / ("compare" if gone in (500, 800) else "compare-replaced")
+        folder = place / ("recovery" if gone in (500, 800) else "recovery-replaced")
         size = f"{1000 - gone // 2}"
         for seed, loss in enumerate(values):
             curve = (training or {}).get(method, [9.0] * 50)
@@ -415,7 +417,7 @@ def comparison(place: Path, losses: Mapping[tuple[str, int], Sequence[float]], *
     told = {"advantages": [{"size": f"{1000 - gone // 2}", "method": "oneshot", "other": other,
                             **(ratio or {})} for gone in (500, 800)
                            for other in ("distilled", "scratch") if ratio]}  # fmt: skip
-    (place / "compare" / "compare.json").write_text(json.dumps(told))
+    (place / "recovery" / "compare.json").write_text(json.dumps(told))
     found = paper_claims.runs_compared(place)
     assert found is not None and len(found["runs"]) == sum(map(len, losses.values()))
     return found
@@ -494,6 +496,8 @@ def lots(exact: float, replaced: float | None = None, **more: Any) -> dict[Any, 
         (lots(0.5, 0.0), 10_000, "yn"),  # as good only where more of them stay
         (lots(0.002, -0.3), 10_000, "ny"),
         ({("oneshot", 500): near(2.9), ("random", 500): near(3.9)}, 100, "o"),  # not recovered
+        ({("oneshot", 500): near(1.5), ("random", 500): near(1.9)}, 100, "n"),  # both recovered
+        ({("oneshot", 500): near(1.5), ("random", 500): near(2.9)}, 100, "o"),  # one of them
         ({("oneshot", 500): [1.9], ("random", 500): [1.9]}, 10_000, "o"),
     ],
 )
@@ -665,6 +669,58 @@ def test_what_a_command_says_is_seen_as_it_comes(
     assert "alive" in capfd.readouterr().out
 
 
+def test_what_it_takes_is_told_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any
+) -> None:
+    rows = stub(tmp_path, monkeypatch, WRITES)
+    timed = [replace(row, steps={"quick": tuple(replace(s, minutes=n) for s in row.steps["quick"])})
+             for row, n in zip(rows, (70, 70, 50), strict=True)]  # fmt: skip
+    for module in (paper, paper_claims, paper_run):
+        monkeypatch.setattr(module, "CLAIMS", tuple(timed))
+    told = run("paper", "run", "--results", tmp_path / "results").err
+    assert "2 commands, about 2 h 0 min of one core in all" in told
+    assert told.index("in all") < told.index("about 70 min of one core") < told.index("Done in")
+    assert "in all" not in run("paper", "run", "--results", tmp_path / "results").err
+    open_ended = paper_run.estimate([*timed[0].steps["quick"], replace(STEPS[0][2], minutes=None)])
+    assert open_ended.startswith("at least about 70 min") and not paper_run.estimate([])
+
+
+def test_every_quick_row_tells_what_it_takes_and_is_within_its_budget() -> None:
+    """In minutes of one core; rows 10 to 12 together may take an hour, attribution 40 minutes."""
+    within = {"attribution": 40, "recovery": 60, "frontier": 60, "random": 60, "unlearning": 35}
+    for claim in CLAIMS:
+        each = [step.minutes for step in claim.steps["quick"]]
+        assert sum(filter(None, each)) <= within.get(claim.name, 25) and None not in each
+    three = {s for claim in CLAIMS[9:12] for s in claim.steps["quick"]}
+    assert sum(step.minutes or 0 for step in three) <= 60
+
+
+def test_a_kill_in_the_middle_leaves_partial_results_that_are_judged_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any
+) -> None:
+    """The command dies by SIGKILL after one of two rows' experiments; the same call ends it."""
+    dies = (
+        "import os\nif not (OUT / 'runs').exists():\n    (OUT / 'runs').touch()\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    stub(tmp_path, monkeypatch, dies + WRITES)
+    at = tmp_path / "results"
+    done = run("paper", "run", "--results", at)
+    assert done.code == 2 and "ended with code -9" in done.err.replace("\n", " ")
+
+    def listed() -> list[str]:
+        out = run("paper", "list", "--results", at, "--json").out
+        return [row["verdict"] for row in json.loads(out)["rows"]]
+
+    assert listed() == ["not run"] * 3
+    run("paper", "run", "one", "--results", at)
+    assert listed() == [YES, YES, "not run"]
+    assert run("paper", "run", "--results", at).code == 2  # the third one dies in its turn
+    assert listed() == [YES, YES, "not run"]
+    assert run("paper", "run", "--results", at).code == 0
+    assert listed() == [YES] * 3
+
+
 @pytest.mark.parametrize(
     ("code", "says"), [("sys.exit(3)", "ended with code 3"), ("", "lacks what it should hold")]
 )
@@ -794,10 +850,12 @@ def test_a_unit_is_gone_within_the_block_and_back_after_it(kind: str) -> None:
 def test_ablations_are_those_of_the_library_and_are_kept(tmp_path: Path) -> None:
     model = tiny("llama", intermediate_size=8)
     groups = [g for g in find_groups(model) if g.kind == "neurons"]
-    pairs = attribution.sampled(groups, 12, seed=0)
+    pairs = attribution.sampled("neurons", groups, 12, seed=0)
     assert len({(g.name, u) for g, u in pairs}) == 12
-    with pytest.raises(BadInput, match="at most 16"):
-        attribution.sampled(groups, 17, seed=0)
+    assert sorted(sum(g is own for g, _ in pairs) for own in groups) == [6, 6]
+    assert len(attribution.sampled("neurons", groups, 16, seed=0)) == 16
+    with pytest.raises(BadInput, match="--neurons must be at most 16"):
+        attribution.sampled("neurons", groups, 17, seed=0)
     data = [batch("llama", seed=n) for n in (1, 2)]
     done = kept.Rows(tmp_path / "losses.jsonl", "x")
 
@@ -819,6 +877,27 @@ def test_ablations_are_those_of_the_library_and_are_kept(tmp_path: Path) -> None
     assert attribution.ablated(model, pairs, data, again, quiet, "neurons").equal(found)
     assert made == [f"{pairs[-1][0].name} {pairs[-1][1]}"]
     assert not kept.Rows(file, "another making").done
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
+def test_layers_before_a_neurons_own_are_passed_over(kind: str) -> None:
+    """To the losses of full passes, exactly; layers before it do not run, and do so again after."""
+    model, data = tiny(kind), [batch(kind, seed=n) for n in (1, 2)]
+    groups = [g for g in find_groups(model) if g.kind == "neurons"]
+    with torch.no_grad():
+        short = attribution.Shortened(model, data)
+        whole = short.look()
+        assert whole == short.losses()
+        ran: list[int] = []
+        for number, layer in enumerate(short.stack):
+            layer.mlp.register_forward_pre_hook(lambda *_, n=number: ran.append(n))
+        for number, group in enumerate(groups):
+            with attribution.without(model, group, 3):
+                full = [float(attribution.language_loss(model, b)) for b in data]
+                ran.clear()
+                assert short.losses(group) == full != whole
+                assert {*ran} == {*range(number, len(groups))}
+        assert short.losses() == whole
 
 
 def test_the_papers_formula_sums_gradient_times_weight() -> None:
@@ -851,11 +930,16 @@ def test_attribution_is_a_result_that_is_judged(
     out = tmp_path / "quick" / "attribution"
     words = ["--model", str(model_folder), "--domain", str(domain_folder), "--length", "32",
              "--neurons", "9", "--tokens", "64", "--batches", "2", "--out", str(out)]  # fmt: skip
-    attribution.main(words)
+    attribution.main([*words, "--channels", "20"])
+    found = json.loads((out / "attribution.json").read_text())
+    assert found["about"]["units"] == {"neurons": 9, "channels": 20}
+    assert found["about"]["tokens"] == 64 and found["about"]["batches"] == 2
+    assert len(found["points"]["channels"]["ablation"]) == 20
+    first = len((out / "losses.jsonl").read_text().splitlines())
+    attribution.main(words)  # all channels: those that were ablated are not ablated again
     found = json.loads((out / "attribution.json").read_text())
     assert found["about"]["units"] == {"neurons": 9, "channels": 32}
-    assert found["about"]["tokens"] == 64 and found["about"]["batches"] == 2
-    assert len(found["points"]["channels"]["ablation"]) == 32
+    assert len((out / "losses.jsonl").read_text().splitlines()) == first + 12
     monkeypatch.setattr(kept.Rows, "add", lambda *a: pytest.fail("nothing is ablated again"))
     attribution.main(words)
     (row,) = paper.judged(tmp_path, ["attribution"]).rows
@@ -901,6 +985,27 @@ def test_lasso_curves_train_measure_and_go_on(
     names = [[m["folder"] for m in lasso_curves.models_wanted(lasso_curves.parse(w)).values()]
              for w in (words, [*words, "--lasso-lr", "1e-3"])]  # fmt: skip
     assert not {*names[0][1:]} & {*names[1][1:]}  # another making is another folder
+
+
+def test_the_small_model_is_one_that_can_be_trained(tmp_path: Path, domain_folder: Path) -> None:
+    small = PAPER["small"]
+    words = ["--domains", str(domain_folder), "--vocabulary", "300", "--hidden", "16",
+             "--megabytes", "0.01", "--out", str(tmp_path / "small")]  # fmt: skip
+    small.main(words)
+    told = json.loads((tmp_path / "small" / "small.json").read_text())
+    loaded = models.load(str(tmp_path / "small" / "fresh"))
+    assert sum(p.numel() for p in loaded.model.parameters()) == told["parameters"]
+    assert sum(g.size for g in find_groups(loaded.model) if g.kind == "neurons") == 4 * 64
+    lines = (tmp_path / "small" / "texts.jsonl").read_text().splitlines()
+    texts = [json.loads(line) for line in lines]
+    assert 10_000 <= sum(len(t["text"].encode()) for t in texts) < 13_000
+    sent = texts[0]["text"]
+    assert loaded.tokenizer.decode(loaded.tokenizer.encode(sent)) == sent
+    before = (tmp_path / "small" / "small.json").stat().st_mtime_ns
+    small.main(words)  # finished before
+    assert (tmp_path / "small" / "small.json").stat().st_mtime_ns == before
+    with pytest.raises(BadInput, match="multiple of 8"):
+        small.parse(["--hidden", "20"])
 
 
 def test_the_scripts_refuse_what_they_cannot_do() -> None:

@@ -439,7 +439,9 @@ def parity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Runs the command with the tiny preset."""
     run = M["run"]
     monkeypatch.setitem(run.PRESETS, "tiny", tiny)
-    monkeypatch.setattr(run, "keep_freed_memory", lambda: True)  # for the process, so not in tests
+    monkeypatch.setattr(
+        "llm_narrow.paper_toys.keep_freed_memory", lambda: True
+    )  # for the process, so not in tests
 
     def go(*options: str) -> Any:
         run.main(["--preset", "tiny", "--out", str(tmp_path / "out"), "--device", "cpu", *options])
@@ -476,7 +478,7 @@ def test_a_run_has_every_experiment_and_repeats_none(
     assert arms["broad"]["samples"] == arms["composite only"]["samples"] == 40 * 3 * 16
     assert all(len(arm["learned"]) == len(arm["samples_to_learn"]) == 4 for arm in arms.values())
     rows = found["pruning"]["outcomes"]["8"]["rows"]
-    assert len(rows) == 2 * 3 * (3 * 2 + 1)
+    assert len(rows) == 2 * 3 * (2 + 1 + 1 + 1)
     wanted = {"paper": [12, 8, 2], "signed": [12, 8, 2], "random": [12, 8, 2]}
     for way, counts in wanted.items():
         left = {sum(r["left"]) for r in rows if r["way"] == way}

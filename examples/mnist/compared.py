@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import exact
-from place import Place
 from presets import METHODS
 
 from llm_narrow.errors import BadInput
+from llm_narrow.paper_toys import Place
 
 Found = Mapping[str, Any]
 

@@ -12,11 +12,12 @@ import choosing
 import exact
 from digits import floats, split
 from methods import Asked, start
-from place import Place
 from presets import Arm, Way
 from race import Field, Raced, Row, race
 from teacher import accuracy, logits, trained
 from torch import nn
+
+from llm_narrow.paper_toys import Place
 
 CHOOSING = 100  # added to the seeds of runs that only choose
 
@@ -33,7 +34,7 @@ def run(place: Place, name: str) -> dict[str, Any]:
         made_by={"digits": place.digits.sha256, "held_out": way.held_out},
         save_every=place.save_every, track=place.track,
     )  # fmt: skip
-    facts = place.cell(f"{name}-teacher", lambda: {
+    facts = place.part(f"{name}-teacher", lambda: {
         "accuracy": {"test": accuracy(teacher, test), "judged": accuracy(teacher, judged)},
         "even": {"test": accuracy(teacher, test.even()),
                  "judged": accuracy(teacher, judged.even())},
@@ -91,7 +92,7 @@ def _cells(
             )  # fmt: skip
             return {"rows": done.rows, "curves": done.curves}
 
-        return dict(place.cell(cell_name, made, place.state(cell_name)))
+        return dict(place.part(cell_name, made, place.state(cell_name)))
 
     seeds = range(CHOOSING, CHOOSING + arm.choosing) if separate else range(arm.runs)
     asked = Asked(method, way, dict.fromkeys(every, tuple(sizes)), seeds)

@@ -3,12 +3,14 @@
     python examples/paper/attribution.py --out runs/attribution
 
 Every unit is ablated for real: all that it owns is set to zero, and the loss of each batch is
-measured again. Beside these prices stand three scores of the same batches: the paper's (the sum
-over a unit's weights of gradient times weight), and the library's `attribution` and `paper` (the
-sum over tokens of activation times gradient; absolute by sequence, and absolute at the end). Each
-ablation is kept as it is made, so that the same command goes on where it was stopped.
+measured again; layers before a neuron's own are passed over. Beside these prices stand three scores
+of the same batches: the paper's (the sum over a unit's weights of gradient times weight), and the
+library's `attribution` and `paper` (the sum over tokens of activation times gradient; absolute by
+sequence, and absolute at the end). Each ablation is kept as it is made, so that the same command
+goes on where it was stopped.
 
-Passes are in float32, as in the paper: a single unit is worth less than what bfloat16 rounds off.
+Passes are in float32, as in the paper: a neuron is worth some 1e-5 nats per token, and bfloat16
+rounds logits at their third digit, which changes the mean over some thousand tokens by more.
 """
 
 import argparse
@@ -23,8 +25,10 @@ from rich.console import Console
 from torch import Tensor
 
 from llm_narrow import __version__, channels, inputs, units
+from llm_narrow.depth import layers_of, stack_of
 from llm_narrow.errors import BadInput
 from llm_narrow.losses import language_loss
+from llm_narrow.paper_toys import told
 from llm_narrow.precision import copied
 from llm_narrow.scores import score
 from llm_narrow.units import Group
@@ -40,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Ablate what is not ablated yet, score, and compare."""
     args = parse(argv)
     console = Console(stderr=True, highlight=False)
-    wanted = args.tokens * args.batches
-    recipe, start, track = kept.gathered(args, console, calibration_tokens=wanted)
+    calibration_tokens = args.tokens * args.batches
+    recipe, start, track = kept.gathered(args, console, calibration_tokens=calibration_tokens)
     blocks = inputs.calibration(start, recipe, track=track)
     rows = max(1, args.tokens // args.length)
     batches = [b.to(start.device) for b in blocks.tokens.long().split(rows)][: args.batches]
@@ -51,16 +55,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.eval()
     stream = channels.group_of(model)
     chosen: dict[str, list[Pair]] = {
-        "neurons": sampled(start.groups, args.neurons, args.seed),
-        "channels": [(stream, unit) for unit in range(stream.size)],
+        "neurons": sampled("neurons", start.groups, args.neurons, args.seed),
+        "channels": sampled("channels", [stream], args.channels or stream.size, args.seed),
     }
     about = {
         "llm_narrow": __version__, "model": start.loaded.name, "sha256": start.loaded.sha256,
         "domain": start.domain.name, "tokens": batches[0].numel(), "batches": len(batches),
         "blocks": blocks.sha256, "precision": args.dtype, "seed": args.seed,
-        "units": {kind: len(pairs) for kind, pairs in chosen.items()},
     }  # fmt: skip
-    done = kept.Rows(args.out / "losses.jsonl", kept.made_of({**about, "units": None}))
+    done = kept.Rows(args.out / "losses.jsonl", kept.made_of(about))
+    about["units"] = {kind: len(pairs) for kind, pairs in chosen.items()}
+    about["of"] = {"neurons": sum(g.size for g in start.groups), "channels": stream.size}
     prices = {kind: ablated(model, pairs, batches, done, track, kind)
               for kind, pairs in chosen.items()}  # fmt: skip
     found: dict[str, dict[str, Tensor]] = {}
@@ -94,24 +99,34 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options."""
     parser = kept.options(__doc__.splitlines()[0], "runs/attribution")
-    parser.add_argument("--neurons", type=int, default=500, help="drawn without replacement")
+    parser.add_argument(
+        "--neurons", type=int, default=500, help="as many of each layer, drawn without replacement"
+    )
+    parser.add_argument("--channels", type=int, default=0, help="drawn alike; 0 is all")
     parser.add_argument("--tokens", type=int, default=2048, help="of a batch")
     parser.add_argument("--batches", type=int, default=3, help="that intervals reach over")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args(argv)
-    for name in ("neurons", "tokens", "batches"):
-        if getattr(args, name) < 1:
-            raise BadInput(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    for name, least in (("neurons", 1), ("channels", 0), ("tokens", 1), ("batches", 1)):
+        if getattr(args, name) < least:
+            raise BadInput(f"--{name} must be at least {least}, got {getattr(args, name)}.")
     return args
 
 
-def sampled(groups: Sequence[Group], count: int, seed: int) -> list[Pair]:
-    """So many units of all groups, none twice. Raises BadInput where there are fewer."""
-    pairs = [(g, unit) for g in groups for unit in range(g.size)]
-    if count > len(pairs):
-        raise BadInput(f"--neurons must be at most {len(pairs)}, all there are, got {count}.")
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
-    return [pairs[n] for n in order[:count].tolist()]
+def sampled(kind: str, groups: Sequence[Group], count: int, seed: int) -> list[Pair]:
+    """So many units, none twice, and of each group as many, give or take one, while it has them.
+
+    Raises BadInput where there are fewer.
+    """
+    there = sum(g.size for g in groups)
+    if count > there:
+        raise BadInput(f"--{kind} must be at most {there}, all there are, got {count}.")
+    chance = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(g.size, generator=chance).tolist() for g in groups]
+    turns = torch.randperm(len(groups), generator=chance).tolist()
+    rounds = range(max(g.size for g in groups))
+    found = [(groups[n], orders[n][at]) for at in rounds for n in turns if at < groups[n].size]
+    return found[:count]
 
 
 @contextlib.contextmanager
@@ -132,29 +147,84 @@ def without(model: Any, group: Group, unit: int) -> Iterator[None]:
             p.index_copy_(dim, at, values)
 
 
+class Shortened:
+    """A model whose first layers can be passed over, as what enters each of the others is known."""
+
+    def __init__(self, model: Any, batches: Sequence[Tensor]) -> None:
+        """Runs nothing yet. All groups that lie in a layer know which it is."""
+        self.model, self.batches = model, batches
+        layers = layers_of(model)
+        self.layer_of = {g.name: layer.number for layer in layers for g in layer.groups}
+        self.stack = list(model.get_submodule(stack_of(model, layers[0].groups)))
+        self._entering: list[list[Tensor]] = []  # for each batch, of each layer
+        self._beside: list[tuple[Any, ...] | None] = []  # what each gives beside hidden states
+
+    def losses(self, group: Group | None = None) -> list[float]:
+        """The loss of each batch, where nothing before the layer of the group has changed."""
+        first = 0 if group is None else self.layer_of.get(group.name, 0)
+        if first and not self._entering:
+            raise RuntimeError("look() comes before anything is ablated")
+        found = []
+        for number, batch in enumerate(self.batches):
+            with self._over(first, number):
+                found.append(float(language_loss(self.model, batch)))
+        return found
+
+    def look(self) -> list[float]:
+        """Keep what enters the layers of the model as it is; the loss of each batch."""
+        self._entering, self._beside = [[] for _ in self.batches], [None] * len(self.stack)
+        found = []
+        for number, batch in enumerate(self.batches):
+            with contextlib.ExitStack() as hooks:
+                for at, layer in enumerate(self.stack):
+                    hook = layer.register_forward_hook(self._keep(number, at), with_kwargs=True)
+                    hooks.callback(hook.remove)
+                found.append(float(language_loss(self.model, batch)))
+        return found
+
+    def _keep(self, number: int, at: int) -> Any:
+        def keep(_: Any, args: Any, kwargs: Any, out: Any) -> None:
+            self._entering[number].append(args[0] if args else kwargs["hidden_states"])
+            self._beside[at] = out[1:] if isinstance(out, tuple) else None
+
+        return keep
+
+    @contextlib.contextmanager
+    def _over(self, first: int, number: int) -> Iterator[None]:
+        """Within, layers before the first give what enters that one."""
+        for at, layer in enumerate(self.stack[:first]):
+
+            def passed(*_: Any, beside: Any = self._beside[at], **__: Any) -> Any:
+                hidden = self._entering[number][first]
+                return hidden if beside is None else (hidden, *beside)
+
+            layer.forward = passed
+        try:
+            yield
+        finally:
+            for layer in self.stack[:first]:
+                del layer.forward
+
+
 @torch.no_grad()
 def ablated(
     model: Any, pairs: Sequence[Pair], batches: Sequence[Tensor], done: kept.Rows, track: Any,
     kind: str,
 ) -> Tensor:  # fmt: skip
     """What each unit's ablation adds to the loss of each batch, (batches, units), in nats."""
-
-    def losses(key: str) -> list[float]:
-        if key not in done.done:
-            done.add(key, {"losses": [float(language_loss(model, b)) for b in batches]})
-        found: list[float] = done.done[key]["losses"]
-        return found
-
-    whole = torch.tensor(losses("whole"), dtype=torch.float64)
-    rows = []
-    for group, unit in track(pairs, f"ablating {kind}"):
-        key = f"{group.name} {unit}"
-        if key in done.done:
-            rows.append(losses(key))
-        else:
+    keys = [f"{group.name} {unit}" for group, unit in pairs]
+    todo = [pair for key, pair in zip(keys, pairs, strict=True) if key not in done.done]
+    if todo or "whole" not in done.done:
+        short = Shortened(model, batches)
+        whole = short.look()
+        if "whole" not in done.done:
+            done.add("whole", {"losses": whole})
+        for group, unit in track(todo, f"ablating {kind}"):
             with without(model, group, unit):
-                rows.append(losses(key))
-    return (torch.tensor(rows, dtype=torch.float64) - whole).T
+                done.add(f"{group.name} {unit}", {"losses": short.losses(group)})
+    rows = [done.done[key]["losses"] for key in ("whole", *keys)]
+    found = torch.tensor(rows, dtype=torch.float64)
+    return (found[1:] - found[0]).T
 
 
 def scored(
@@ -233,4 +303,4 @@ def pearson(a: Any, b: Any) -> float:
 
 
 if __name__ == "__main__":
-    kept.told(main)
+    told(main)

@@ -5,9 +5,11 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from llm_narrow.paper_toys import keep
 
 
 def options(what: str, out: str) -> argparse.ArgumentParser:
@@ -58,7 +60,7 @@ class Rows:
             if row["made_of"] == making:
                 self.done[row["key"]] = row
         if file.exists():
-            written(file, "".join(f"{line}\n" for line in whole))
+            keep(file, "".join(f"{line}\n" for line in whole))
 
     def add(self, key: str, row: Mapping[str, Any]) -> dict[str, Any]:
         """Keep a row, on the disk when this returns."""
@@ -71,14 +73,6 @@ class Rows:
         return self.done[key]
 
 
-def written(file: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_name(f".{file.name}")
-    fresh.write_bytes(content.encode() if isinstance(content, str) else content)
-    fresh.replace(file)
-
-
 def finished(out: Path, name: str, result: Mapping[str, Any], draw: Callable[[], Any]) -> None:
     """Write OUT/NAME.json last, after its figure, which needs `llm-narrow[report]`."""
     told = []
@@ -87,21 +81,7 @@ def finished(out: Path, name: str, result: Mapping[str, Any], draw: Callable[[],
     except ModuleNotFoundError as error:
         print(f"No figure: {error}. Install llm-narrow[report].", file=sys.stderr)
     else:
-        written(out / "figures" / f"{name}.svg", figure.svg)
-        written(out / "figures" / f"{name}.png", figure.png)
+        keep(out / "figures" / f"{name}.svg", figure.svg)
+        keep(out / "figures" / f"{name}.png", figure.png)
         told = [{k: getattr(figure, k) for k in ("name", "title", "caption", "alt")}]
-    written(out / f"{name}.json", json.dumps({**result, "figures": told}, indent=1) + "\n")
-
-
-def told(main: Callable[[Sequence[str] | None], None]) -> None:
-    """Run a script; what the user can mend is one line and exit code 2."""
-    from llm_narrow.errors import NarrowError
-
-    try:
-        main(None)
-    except NarrowError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on from here.", file=sys.stderr)
-        raise SystemExit(130) from None
+    keep(out / f"{name}.json", json.dumps({**result, "figures": told}, indent=1) + "\n")

@@ -25,6 +25,7 @@ from rich.console import Console
 from llm_narrow import __version__, inputs, measure
 from llm_narrow.errors import BadInput, NarrowError
 from llm_narrow.families import find_groups
+from llm_narrow.paper_toys import told
 from llm_narrow.plan import select
 from llm_narrow.precision import copied
 from llm_narrow.scores import score
@@ -206,4 +207,4 @@ class Cut:
 
 
 if __name__ == "__main__":
-    kept.told(main)
+    told(main)

@@ -21,10 +21,11 @@ from typing import Any
 import exact
 import torch
 from network import fresh
-from place import Place
 from presets import Arm
 from task import layout
 from train import Trained, measure, train
+
+from llm_narrow.paper_toys import Place
 
 BITS = math.log(2)  # nats
 LEARNED = 0.1  # bits

@@ -18,12 +18,13 @@ import exact
 import torch
 from ablation import decisions, prices
 from network import Networks, squares
-from place import Place
 from presets import Recovery
 from pruning import GOOD, by_place, limits, pretrained
 from recovering import jobs, recovered, selected
 from task import layout
 from train import measure, train
+
+from llm_narrow.paper_toys import Place
 
 BEFORE, NONE, PAPERS = "before", "none", "gradient"
 FAIR = 0.9  # accuracy at which a code counts as known again

@@ -11,9 +11,10 @@ from typing import Any
 import exact
 import torch
 from ablation import prices
-from place import Place
 from pruning import pretrained
 from task import Code, layout
+
+from llm_narrow.paper_toys import Place
 
 TOP = 0.25  # of the units
 

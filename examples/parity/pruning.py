@@ -14,10 +14,11 @@ import exact
 import torch
 from ablation import WAYS, decisions, prices
 from network import Networks, fresh
-from place import Place
 from recovering import jobs, recovered, selected
 from task import layout
 from train import measure, train
+
+from llm_narrow.paper_toys import Place
 
 GOOD = 0.98  # accuracy
 PAPER_LIMITS = {
@@ -80,9 +81,11 @@ def part(place: Place, width: int) -> dict[str, Any]:
     for way in WAYS:
         keep = decisions(nets, price, setting.sparsities, way, seeds)
         about: dict[str, Any] = {"seeds": seeds, "way": way, "sparsities": setting.sparsities}
-        todo += jobs(keep, tasks=tasks, **about)
         if way == "paper":
+            todo += jobs(keep, tasks=tasks, **about)
             todo += jobs(keep, tasks={"other": setting.other}, fresh=True, **about)
+        else:  # of which only the limits are asked
+            todo += jobs(keep, tasks={"kept": setting.kept}, **about)
     rows = recovered(place, f"pruned-w{width}", nets, todo, setting.task, setting.recovery,
                      samples=setting.measured_samples)  # fmt: skip
     for row in rows:

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from network import Networks, PerUnit, chosen, fresh, hidden, removed, side_by_side
-from place import Place
 from presets import Recovery
 from task import Code, Task, layout
 from train import measure, train
+
+from llm_narrow.paper_toys import Place
 
 FRESH = 1000  # added to the seed of a network for a fresh one of its shape
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from network import fresh, one
-from place import Place
 from presets import Arm
 from task import layout
 from torch.nn import functional as F
 from train import train
+
+from llm_narrow.paper_toys import Place
 
 WAYS = ("side by side", "same code", "plain")
 

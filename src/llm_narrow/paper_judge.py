@@ -168,6 +168,11 @@ def nearest(keys: Sequence[str], wanted: float) -> str:
     return min(keys, key=lambda key: (abs(float(key) - wanted), float(key)))
 
 
+def short_of(got: float, wanted: float) -> str:
+    """How much more it takes to be able to say no, as the end of a sentence; empty if nothing."""
+    return f"; a no takes {wanted / got:.2g} times the tokens" if 0 < got < wanted else ""
+
+
 def spread(e: Found) -> str:
     """`median (least to most)`."""
     if e["median"] is None:

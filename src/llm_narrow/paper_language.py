@@ -15,6 +15,7 @@ from .paper_judge import (
     Question,
     Way,
     ranged,
+    short_of,
     tokens,
 )
 
@@ -57,8 +58,9 @@ def attribution(found: Found) -> Judgement:
             for scale in ("raw", "log")
         ),
         rests_on=(
-            f"{about['units']['neurons']} neurons drawn without replacement and all "
-            f"{about['units']['channels']} channels, {about['batches']} batches of "
+            f"{about['units']['neurons']} of {about['of']['neurons']:,} neurons, as many of each "
+            f"layer, and {about['units']['channels']} of {about['of']['channels']:,} channels, "
+            f"drawn without replacement, {about['batches']} batches of "
             f"{about['tokens']:,} tokens; intervals reach over those by bootstrap of the units and "
             "over the range of single batches",
             f"without a logarithm, as exactly 0, are {found['zeros']} of the pairs",
@@ -95,7 +97,8 @@ def lasso_curves(found: Found) -> Judgement:
     about, models = found["about"], found["models"]
     drawn = {k: v for k, v in models.items() if v["drawn"]}
     enough = about["lasso_tokens"] >= ENOUGH * PAPERS_TOKENS
-    free = flat(drawn, enough)
+    more = short_of(about["lasso_tokens"], ENOUGH * PAPERS_TOKENS)
+    free = flat(drawn, enough, more)
     ways = [Way(PAPERS, "Lasso models beside the model that they began with.",
                 (free, apart(drawn, models["none"], "the model before")))]  # fmt: skip
     if "trained" in models:
@@ -139,8 +142,8 @@ def surely_not(curve: Sequence[Found]) -> bool:
     return any(r["rise"]["low"] >= FREE for r in curve if r["sparsity"] <= LEAST)
 
 
-def flat(drawn: Found, enough: bool) -> Answer:
-    """Whether some lasso model loses neurons for free."""
+def flat(drawn: Found, enough: bool, more: str) -> Answer:
+    """Whether some lasso model loses neurons for free; `more` is what it takes to deny it."""
     reached = {m["name"]: free_to(m["curve"]) for m in drawn.values()}
     return Question(
         f"Can a lasso model lose at least {LEAST:.0%} of its neurons for free?",
@@ -148,7 +151,7 @@ def flat(drawn: Found, enough: bool) -> Answer:
         "every sparsity up to there, upper end of the interval",
         f"of none, by lower ends, after a training on at least {ENOUGH:.0%} of the paper's tokens",
     ).answered(
-        "; ".join(f"{name}, free to {s:g}" for name, s in reached.items()),
+        "; ".join(f"{name}, free to {s:g}" for name, s in reached.items()) + more,
         yes=max(reached.values(), default=0) >= LEAST,
         no=enough and all(surely_not(m["curve"]) for m in drawn.values()),
     )

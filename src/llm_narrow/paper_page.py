@@ -50,6 +50,8 @@ def copied(row: Judged, beside: Path) -> list[Path]:
             source = row.place / f"{name}{ending}"
             if source.is_file():
                 to = beside / f"row-{row.claim.number}-{source.name}"
+                if to in found:  # of another folder, which comes first
+                    break
                 beside.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, to)
                 found.append(to)

@@ -64,9 +64,20 @@ def run(
         own = [step for step in claim.steps[preset] if step in todo]
         if all(step.done(place) for step in own):
             console.print(escape(f"{claim.number} {claim.name}: finished before"))
-    for step in todo:
-        if not step.done(place):
-            execute(step, place, console)
+    left = [step for step in todo if not step.done(place)]
+    if len(left) > 1 and (told := estimate(left)):
+        console.print(f"{len(left)} commands, {told}")
+    for step in left:
+        execute(step, place, console)
+
+
+def estimate(steps: Sequence[Step]) -> str:
+    """About how long commands take, in words; of those that nobody knows, nothing."""
+    known = [step.minutes for step in steps if step.minutes is not None]
+    if not known:
+        return ""
+    least = "at least " if len(known) < len(steps) else ""
+    return f"{least}about {duration(60 * sum(known))} of one core in all"
 
 
 def execute(step: Step, place: Path, console: Console) -> None:
@@ -74,6 +85,8 @@ def execute(step: Step, place: Path, console: Console) -> None:
     place.mkdir(parents=True, exist_ok=True)
     line = shlex.join(step.line(place))
     console.print(escape(line), style="bold", soft_wrap=True)
+    if step.minutes is not None:
+        console.print(f"This takes about {duration(60 * step.minutes)} of one core.")
     began = time.monotonic()
     code = wait(subprocess.Popen(argv(step, place), env={**os.environ, "PYTHONUNBUFFERED": "1"}))
     if code:
