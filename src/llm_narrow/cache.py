@@ -42,8 +42,10 @@ def written_whole(target: Path, *, force: bool = False) -> Iterator[Path]:
         _discard(fresh)  # left by a killed process that had our id
         fresh.mkdir()
     except OSError as error:
+        ours = target.is_relative_to(cache_dir())
+        way = "Name another cache with LLM_NARROW_CACHE" if ours else "Choose another folder"
         raise no_space(error, target) or BadInput(
-            f"{target} cannot be written: {error.strerror or error}. Choose another folder."
+            f"{target} cannot be written: {error.strerror or error}. {way}."
         ) from error
     try:
         yield fresh
@@ -87,8 +89,12 @@ def no_space(error: BaseException, target: Path, fresh: Path | None = None) -> B
     """
     found: BaseException | None = error
     while found is not None:
-        full = isinstance(found, OSError) and found.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left on device" in str(found):
+        if _says(found, "File too large", errno.EFBIG):
+            return BadInput(
+                f"A file for {target} is larger than this disk or `ulimit -f` allows. Choose a "
+                "folder on another disk, or raise the limit."
+            )
+        if _says(found, "No space left on device", errno.ENOSPC, errno.EDQUOT):
             break
         found = found.__cause__ or found.__context__
     else:
@@ -101,6 +107,10 @@ def no_space(error: BaseException, target: Path, fresh: Path | None = None) -> B
         f"{_megabytes(free)} free. Free some, or choose a folder on another disk "
         "(for caches: LLM_NARROW_CACHE and HF_HOME)."
     )
+
+
+def _says(error: BaseException, text: str, *numbers: int) -> bool:
+    return text in str(error) or (isinstance(error, OSError) and error.errno in numbers)
 
 
 def file_sha256(path: Path, track: Track = silent) -> str:
@@ -224,4 +234,4 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.0f} MB"
+    return f"{size / 1e6:,.0f} MB" if size >= 1e6 else f"{size / 1e3:,.0f} kB"

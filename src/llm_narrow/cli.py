@@ -8,6 +8,7 @@ Exit codes: 0 done, 2 bad input or usage (one red line; `--debug` for the traceb
 """
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -72,6 +73,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _stopped)
     keep_freed_memory()
     shells.prepare()
+    for stream in (sys.stdout, sys.stderr):
+        # What it cannot write (an arrow in Latin-1, a file name that is no Unicode) becomes a `?`.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app(args=arguments, prog_name="llm-narrow", obj=arguments)
     except NarrowError as error:
@@ -96,6 +101,15 @@ def _stopped(number: int, frame: object) -> NoReturn:
     raise SystemExit(TERMINATED)
 
 
+def _notes(error: BaseException | None) -> list[str]:
+    """The notes of an error and of what it came from: an interrupt is made an exit on its way."""
+    found: dict[str, None] = {}
+    while error is not None:
+        found |= dict.fromkeys(getattr(error, "__notes__", []))
+        error = error.__cause__ or error.__context__
+    return list(found)
+
+
 def _fail(message: str, code: int, error: BaseException, arguments: Sequence[str]) -> NoReturn:
     """One red line on stderr, after the traceback if that was asked for."""
     if "--debug" in arguments:
@@ -103,6 +117,6 @@ def _fail(message: str, code: int, error: BaseException, arguments: Sequence[str
     from rich.console import Console
     from rich.text import Text
 
-    whole = "\n".join([message, *getattr(error, "__notes__", [])])
+    whole = "\n".join([message, *_notes(error)])
     Console(stderr=True).print(Text(whole, style="red"), soft_wrap=True)
     raise SystemExit(code) from None

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from . import from_gguf, hub
 from .cache import cache_dir, remembered_sha256, written_whole
 from .errors import BadInput, UnknownName, problems
+from .mistaken import instead, unreadable
 from .packages import Package, cached_file, fetch
 from .progress import Track, silent
 
@@ -180,6 +181,8 @@ def weights_sha256(files: Sequence[Path], *, track: Track = silent) -> str:
 
 def _find(name: str, revision: str | None, code: bool, track: Track) -> Path:
     """The folder with the model, downloaded or converted if need be."""
+    if not name.strip():
+        raise BadInput("The name of the model is empty. Give an alias, a hub id or a folder.")
     alias, _, tag = name.partition("@")
     source = KNOWN[alias][0] if alias in KNOWN else None
     if isinstance(source, str) or (source is None and _is_hub_id(name)):
@@ -269,12 +272,14 @@ def _problems(folder: Path) -> list[str]:
             with safe_open(path, framework="pt") as file:
                 packed = [name for name in list(file.keys()) if PACKED.search(name)]
         except (SafetensorError, OSError) as error:
-            found.append(f"{path.name} is corrupt or cut short ({error}); fetch it again")
+            found.append(unreadable(path, error))
             continue
         if packed and not any(config.get(key) for key in QUANTISED):
             found.append(f"{path.name} holds quantised weights ({packed[0]}); {ORIGINAL}")
     if not any(any(folder.glob(pattern)) for pattern in TOKENIZERS):
         found.append("no tokenizer (tokenizer.json); put the model's own beside its weights")
+    if "no config.json" in found:
+        found += instead(folder)
     return found
 
 
@@ -338,7 +343,9 @@ def _opened(stock: Any, folder: Path, what: str, code: bool, **options: Any) -> 
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = textwrap.shorten(" ".join(lines[:2]) or repr(error), 240, placeholder=" …")
+        if isinstance(error, LookupError) or not lines:  # a bare name says nothing
+            lines = [f"damaged, or of another version ({error!r}); fetch it again"]
+        reason = textwrap.shorten(" ".join(lines[:2]), 240, placeholder=" …")
         if "trust_remote_code" in str(error):
             reason = "it needs code of its own; read that code, then give --trust-remote-code"
         raise BadInput(f"{folder}: the {what} cannot be loaded: {reason}") from error

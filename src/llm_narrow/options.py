@@ -5,6 +5,7 @@ Imports nothing heavy: this is read for `--help`.
 
 import inspect
 import json as json_text
+import os
 import shlex
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     from .recipe import Recipe
 
+PIPED = 160  # columns of tables that go to no terminal
+LEAST = 80  # and of those in any
 Given = Mapping[str, object]  # name of a setting -> value, None where its flag was not given
 
 
@@ -202,7 +205,10 @@ def told_on(quiet: bool) -> "Console":
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    return Console(stderr=True, quiet=quiet)
+    console = Console(stderr=True, quiet=quiet)
+    if not console.is_terminal:
+        console.width = max(console.width, LEAST)
+    return console
 
 
 def answer(json: bool, facts: Mapping[str, object], tables: "RenderableType") -> None:
@@ -216,4 +222,9 @@ def answer(json: bool, facts: Mapping[str, object], tables: "RenderableType") ->
     else:
         from rich.console import Console
 
-        Console().print(tables)
+        console = Console()
+        # In a pipe or a file no line ends at 80, and names would be cut for grep. In a terminal
+        # narrower than LEAST rich leaves columns out; lines that go on below say all.
+        piped = not console.is_terminal and "COLUMNS" not in os.environ
+        console.width = PIPED if piped else max(console.width, LEAST)
+        console.print(tables)

@@ -18,6 +18,7 @@ from . import rows as rowfile
 from .blocks import Blocks
 from .cache import written_whole
 from .card import model_card
+from .claims import held, is_held
 from .contrast import Forgotten
 from .errors import BadInput
 from .inputs import Inputs
@@ -40,22 +41,32 @@ DRAWING = ("matplotlib", "jinja2")  # what the extra `report` installs
 def run_folder(place: Path, *, force: bool) -> Iterator[Path]:
     """A folder that becomes `place` when all went well; one to throw away in other processes.
 
-    Raises BadInput where `place` exists, unless `force` replaces it.
+    Raises BadInput where `place` exists, unless `force` replaces it, and where another run is at
+    work on it.
     """
     if force:
         check_replaceable(place)
     if processes.first():
         _sweep(place)
-        with written_whole(place, force=force) as run:
+        with written_whole(place, force=force) as run, held(run):
+            # Only now, lest two that begin at once both find nobody.
+            for other in place.parent.glob(f".{place.name}.partial-*"):
+                if other.name != run.name and is_held(other):
+                    raise BadInput(
+                        f"Process {other.name.rpartition('-')[2]} is at work on {place}. Wait for "
+                        "it, or choose another --out."
+                    )
             yield run
     else:
-        with TemporaryDirectory() as run:
-            yield Path(run)
+        with TemporaryDirectory() as thrown_away:
+            yield Path(thrown_away)
 
 
 def _sweep(place: Path) -> None:
     """Remove what runs that were killed have left half-written beside `place`."""
     for left in place.parent.glob(f".{place.name}.partial-*"):
+        if is_held(left):  # by a run that is alive, maybe on another machine
+            continue
         number = left.name.rpartition("-")[2]
         try:
             os.kill(int(number), 0)

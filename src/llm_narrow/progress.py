@@ -97,7 +97,7 @@ def lines(console: Console, *, every: float = 15.0) -> Track:
     def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
         total = _length(items, total)
         started = told = time.monotonic()
-        done = 0
+        done = last = 0
 
         def tell(now: float) -> None:
             share = "" if total is None else f" of {total}"
@@ -109,9 +109,9 @@ def lines(console: Console, *, every: float = 15.0) -> Track:
             done += 1
             now = time.monotonic()
             if now - told >= every:
-                told = now
+                told, last = now, done
                 tell(now)
-        if told != started:
+        if last not in (0, done):
             tell(time.monotonic())
 
     return track

@@ -303,7 +303,9 @@ def _read(file: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise BadInput(f"{file} is not YAML: {reason}") from None
     if not isinstance(data, dict):
-        raise BadInput(f"{file} must hold the sections of a recipe, got {type(data).__name__}.")
+        empty = " (it is empty; `llm-narrow init` writes one)" if data is None else ""
+        kind = type(data).__name__
+        raise BadInput(f"{file} must hold the sections of a recipe, got {kind}{empty}.")
     return data
 
 
@@ -339,7 +341,11 @@ def _line(
         return f"{place} must be a mapping of settings, got {value!r}"
     if choices := _choices(field.annotation):
         return str(UnknownName(place, str(value), choices))
-    return f"{place} must be {field.description}, got {value!r}"
+    told = f"{place} must be {field.description}, got {value!r}"
+    percent = re.fullmatch(r"(\d+(?:\.\d+)?) *(%?)", str(value))
+    if path[-1] == "sparsity" and percent and (0 if percent[2] else 2) <= float(percent[1]) < 100:
+        told += f"; {percent[1]} % is {float(percent[1]) / 100:g}"
+    return told
 
 
 def _resolve(loc: tuple[str | int, ...]) -> tuple[list[str], Any, Any]:

@@ -93,7 +93,9 @@ def given(path: Path, inputs: Inputs, recipe: Recipe) -> Scored:
     ]
     if found:
         raise problems(str(path), found)
-    return _split(held, inputs.groups, path, True, about)
+    scored = _split(held, inputs.groups, path, True, about)
+    _check_finite(scored.scores, inputs, recipe)
+    return scored
 
 
 def made(inputs: Inputs, recipe: Recipe, blocks: Blocks, *, track: Track = silent) -> Scored:
@@ -117,9 +119,11 @@ def _made(
         cached = _split(held, inputs.groups, path, True, found)
     # Scores are made by all processes together, whose caches may be of different nodes.
     if processes.agreed(cached is not None) and cached is not None:
+        _check_finite(cached.scores, inputs, recipe)
         return cached
     started = time.perf_counter()
     held = _score(inputs, recipe, blocks, track)
+    _check_finite(held, inputs, recipe)
     about["seconds"] = f"{time.perf_counter() - started:.1f}"
     fresh = path.with_suffix(f".{os.getpid()}")
     try:
@@ -153,6 +157,24 @@ def _score(inputs: Inputs, recipe: Recipe, blocks: Blocks, track: Track) -> Scor
     for half, found in zip(HALVES, (first, second), strict=True):
         held |= {half + name: values for name, values in found.items()}
     return held
+
+
+def _check_finite(held: Scores, inputs: Inputs, recipe: Recipe) -> None:
+    """Refuse scores by which nothing can be chosen; those of a broken model sort in any order."""
+    wrong = [name for name, values in held.items() if not values.isfinite().all()]
+    if not wrong:
+        return
+    broken = [n for n, p in inputs.loaded.model.named_parameters() if not p.isfinite().all()]
+    why = (
+        f"{broken[0]} holds numbers that are not finite: the weights are damaged. Fetch or make "
+        "them again."
+        if broken
+        else "The weights are finite, but passes are not: try --dtype float32 or another device."
+    )
+    raise BadInput(
+        f"The scores of {inputs.loaded.name} by {recipe.score.criterion} are not finite in "
+        f"{len(wrong)} of {len(held)} groups. {why}"
+    )
 
 
 def _split(

@@ -198,6 +198,12 @@ class Prune(Section):
             raise ValueError("leave prune.kinds out: prune.sparsity already names its kinds")
         for name, value in targets.items():
             share = isinstance(value, str) and value.endswith("%")
+            if isinstance(value, str) and re.fullmatch(r"[\d.]+", value) and 0 < float(value) < 100:
+                percent = float(value) * (100 if float(value) <= 1 else 1)
+                raise ValueError(
+                    f"prune.{name} {value} is too few to be meant; as a share of the model's it is "
+                    f"{percent:g}%"
+                )
             least = target_bytes(value, 100) if name in BYTES else target(value, 100)
             if not 0 < least <= (100 if share else float("inf")):
                 raise ValueError(f"prune.{name} must be above 0 and at most 100%, got {value!r}")

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from .to_gguf import Exported
 
 
+# C0 but tab and line feed, C1, the line breaks of Unicode, and what turns the writing round.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
 def plan(found: "Plan", stability: Mapping[str, float]) -> RenderableType:
     """Units of each layer before and after, then parameters and bytes; equal layers on one line."""
     table = _table("Plan", "layers", "kind", "units", "kept", "removed")
@@ -105,13 +109,18 @@ def pruned(result: "Pruned") -> RenderableType:
     if not result.rows:  # of several processes only the first has measured
         return Group()
     texts = [
-        Panel(Text.assemble((sample["prompt"], "dim"), sample[label]), title=label)
+        Panel(Text.assemble((seen(sample["prompt"]), "dim"), seen(sample[label])), title=label)
         for sample in result.manifest["samples"]
         for label in ("before", "after")
     ]
     lost = forgotten(result.manifest.get("forget", {"domains": {}}))
     where = f"Written to {result.folder}; see report.md there."
     return Group(rows(result.rows), *lost, *texts, where)
+
+
+def seen(text: str) -> str:
+    """What a model wrote, with no character that would move the cursor or command the terminal."""
+    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def forgotten(facts: Mapping[str, Any]) -> list[str]:

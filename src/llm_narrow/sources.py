@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,8 @@ def folder(root: Path, asked: Asked) -> Source:
     pattern = asked.glob or "**/*"
     everything = walk(root)
     found = [path for path in everything if matches(path, pattern)]
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise BadInput(f"{root} may not be read by this user. Change its rights, or copy it.")
     if not everything:
         raise BadInput(f"{root} holds no files. Give a folder, a file or a data set with text.")
     if not found:
@@ -306,7 +308,7 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _txt(path: Path) -> Iterator[Row]:
-    """The texts between `<|endoftext|>` marks; failing those, pieces cut at blank lines."""
+    """The texts between `<|endoftext|>` marks; failing those, pieces, cut at blank lines if any."""
     with _open(path) as file:
         data: bytes = file.read()
     if SEPARATOR.encode() in data:
@@ -314,13 +316,27 @@ def _txt(path: Path) -> Iterator[Row]:
         return
     piece: list[bytes] = []
     size = 0
-    for line in data.splitlines(keepends=True):
+    for line in chain.from_iterable(map(_short, data.splitlines(keepends=True))):
         piece.append(line)
         size += len(line)
         if (size >= PIECE and not line.strip()) or size >= 2 * PIECE:
             yield {"text": b"".join(piece)}
             piece, size = [], 0
     yield {"text": b"".join(piece)}
+
+
+def _short(line: bytes) -> Iterator[bytes]:
+    """The line in parts of less than PIECE bytes, cut after a blank, or else between characters.
+
+    A whole book may stand on one line, and as one piece it could not be shared out.
+    """
+    while len(line) > PIECE:
+        cut = line.rfind(b" ", 0, PIECE) + 1 or PIECE
+        while cut > 1 and line[cut] & 0xC0 == 0x80:  # inside a character of several bytes
+            cut -= 1
+        yield line[:cut]
+        line = line[cut:]
+    yield line
 
 
 ROWS: dict[str, Callable[[Path], Iterator[Row]]] = {

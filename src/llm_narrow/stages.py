@@ -35,6 +35,7 @@ from .errors import BadInput
 from .inputs import Inputs, begin
 from .manifest import Clock, begun
 from .plan import Plan, by_parameters, by_sparsity, of_zeros, priced, select
+from .precision import widened
 from .progress import Track
 from .recipe import Recipe
 from .rows import Row
@@ -119,6 +120,8 @@ def prune(
             model, tokenizer = start.loaded.model, start.loaded.tokenizer
             return Pruned(model, tokenizer, None, (), plan, facts)
         console.print(show.plan(plan, facts["stability"]))
+        if wide := widened(start.loaded.folder, recipe.dtype):
+            console.print(wide + ("" if recipe.trains else " --dtype bfloat16 keeps them small."))
         whole = bool(cut or found.thin)  # which is no more in memory
         before = outcome.measured_before(recipe, start, facts, track, clock, trimmed=whole)
         original_config = copy.deepcopy(start.loaded.model.config)

@@ -103,7 +103,10 @@ def load(name: str, *, track: Track = silent) -> list[Problem]:
         return _stated(_lines(text), name)
     if path.is_dir() or "/" in name:
         return problems_of(_data_set(name), name)
-    advice = "A .jsonl file, a folder and a data set of the hub (ORG/NAME) will do as well."
+    advice = (
+        "A .jsonl file, a folder and a data set of the hub (ORG/NAME) will do as well; tasks of "
+        "lm-evaluation-harness are asked for with --lm-eval."
+    )
     raise UnknownName("Task", name, TASKS, advice)
 
 
