@@ -12,7 +12,7 @@ demo: $(VENV)/made
 	$(BIN)/llm-narrow prune --model smollm2-135m --domain python --out $(OUT) --force
 
 test: $(VENV)/made-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" --durations 15
 
 long: $(VENV)/made-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m long

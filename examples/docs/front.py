@@ -1,7 +1,7 @@
 """Draw the picture of the README: sizes against what they cost, and what one run kept.
 
     python examples/docs/front.py --runs one=runs/a,runs/b --runs two=runs/c --map runs/a \
-        --peers docs/bench/peers.json --out docs/assets/front.svg
+        --peers docs/bench/peers.json --out docs/bench/front.svg
 
 Left, bits per byte on held-out projects as those of the whole model, against the share of its
 parameters that is left: a line for each name and its run folders, and other tools at the sizes that
@@ -44,7 +44,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="NAME=FOLDER,FOLDER…: a line of run folders")  # fmt: skip
     parser.add_argument("--map", type=Path, required=True, help="the run folder whose units show")
     parser.add_argument("--peers", type=Path, help="what examples/bench/peers.py wrote")
-    parser.add_argument("--out", type=Path, default=Path("docs/assets/front.svg"))
+    parser.add_argument("--out", type=Path, default=Path("docs/bench/front.svg"))
     return parser.parse_args(argv)
 
 
@@ -106,7 +106,8 @@ def drawn(
         share, ratio, low, high = (np.array(v) for v in zip(*points, strict=True))
         left.errorbar(100 * share, ratio, yerr=[ratio - low, high - ratio], color=colour,
                       marker="o", markersize=4, capsize=2, label=name)  # fmt: skip
-    for at, (name, (share, ratio)) in enumerate(peers.items()):
+    # Of two that lie close together the lower one has its name below.
+    for at, (name, (share, ratio)) in enumerate(sorted(peers.items(), key=lambda p: p[1][1])):
         left.plot(100 * share, ratio, "x", color=COLOUR["muted"])
         left.annotate(name, (100 * share, ratio), xytext=(6, (-9, 3)[at % 2]),
                       textcoords="offset points", fontsize=8, color=COLOUR["muted"])  # fmt: skip
@@ -115,7 +116,7 @@ def drawn(
     left.set_ylabel("bits per byte ÷ whole model")
     left.margins(x=0.25)
     left.invert_xaxis()
-    left.legend(frameon=False, fontsize=8, loc="upper left")
+    left.legend(frameon=False, fontsize=8, loc="center left")
     right.imshow(kept, aspect="auto", interpolation="nearest", cmap="Blues", vmin=0, vmax=1)
     right.set_title(f"neurons kept by layer, {run}", fontsize=9)
     right.set_xlabel("best-scored → worst")
