@@ -18,7 +18,7 @@ SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7)  # of a layer's neurons, tried in some
 # Those tried in each. Beyond the last a curve is drawn towards the price of the whole half, which
 # few layers come near: with nothing tried beyond 0.5, half of the layers stopped at just that.
 PROBES = (0.2, 0.35, 0.5, 0.7)
-KNOTS = (*SHARES, 0.6, 0.7, 0.8, 0.9)  # where a curve bends
+KNOTS = (*SHARES, 0.6, 0.8, 0.9)  # where a curve bends
 Points = Sequence[tuple[float, float]]  # share of the summed score, rise of the loss
 
 

@@ -31,7 +31,7 @@ from .sections import (
     target,
 )
 
-# In docs/bench/forgetting.md the greatest that costs the domain itself less than 2 %.
+# Of those tried in docs/bench/forgetting.md the greatest that costs the domain less than 2 %.
 FORGETTING = 0.03
 
 __all__ = ["FLAGS", "Kind", "Recipe", "Section", "load", "target"]
