@@ -793,6 +793,9 @@ def test_the_page_says_first_what_does_not_reproduce(run: Any, tmp_path: Path) -
     drawn.mkdir()
     (drawn / "attribution.svg").write_text("<svg/>")
     (drawn / "attribution.png").write_bytes(b"0")
+    shared = at / "parity-curriculum" / "figures"  # by the claims 1 and 3
+    shared.mkdir()
+    (shared / "parity-curriculum.svg").write_text("<svg/>")
     page = tmp_path / "docs" / "paper.md"
     beside = tmp_path / "docs" / "paper"
     beside.mkdir(parents=True)
@@ -812,8 +815,10 @@ def test_the_page_says_first_what_does_not_reproduce(run: Any, tmp_path: Path) -
     assert "| Pearson r of neurons, log, by weights | .80 | 0.300 [0.250, 0.350] |" in section
     assert "![A point is a unit. Many.](paper/row-8-attribution.svg)" in section
     assert f"--out {at}/attribution" in section and "Yes: the interval of r lies" in section
-    assert sorted(p.name for p in beside.iterdir()) == ["mine.svg", "row-8-attribution.svg"]
-    assert json.loads(done.out)["written"] == [str(page), str(beside / "row-8-attribution.svg")]
+    drawings = ["row-1-parity-curriculum.svg", "row-8-attribution.svg"]
+    assert sorted(p.name for p in beside.iterdir()) == ["mine.svg", *drawings]
+    assert json.loads(done.out)["written"] == [str(page), *(str(beside / d) for d in drawings)]
+    assert text.count("](paper/row-1-parity-curriculum.svg)") == 2
 
 
 def test_results_of_the_papers_setting_come_before_quick_ones(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ def write(paper: Paper, out: Path) -> list[Path]:
     Figures that this page had before and has no more are removed; nothing else is.
     """
     beside = out.with_suffix("")
-    figures = {row.claim.number: copied(row, beside) for row in paper.rows}
+    once: dict[Path, Path] = {}  # what rows share is copied for the first of them
+    figures = {row.claim.number: copied(row, beside, once) for row in paper.rows}
     kept = {file.name for files in figures.values() for file in files}
     for old in beside.glob("row-*.*") if beside.is_dir() else ():
         if old.name not in kept and re.fullmatch(r"row-\d+-[\w-]+\.(svg|png)", old.name):
@@ -39,21 +40,28 @@ def write(paper: Paper, out: Path) -> list[Path]:
     fresh = out.with_name(f".{out.name}.partial")
     fresh.write_text(text(paper, figures), encoding="utf-8")
     fresh.replace(out)
-    return [out, *(file for files in figures.values() for file in files)]
+    return [out, *once.values()]
 
 
-def copied(row: Judged, beside: Path) -> list[Path]:
-    """The figures of a row that its results have, copied beside the page: drawings if there are."""
+def copied(row: Judged, beside: Path, once: dict[Path, Path]) -> list[Path]:
+    """The figures of a row that its results have, copied beside the page: drawings if there are.
+
+    `once` has what was copied before, and where it lies.
+    """
     found = []
     for name in row.claim.figures if row.judgement is not None else ():
         for ending in (".svg", ".png"):
             source = row.place / f"{name}{ending}"
+            if source in once:
+                found.append(once[source])
+                break
             if source.is_file():
                 to = beside / f"row-{row.claim.number}-{source.name}"
                 if to in found:  # of another folder, which comes first
                     break
                 beside.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, to)
+                once[source] = to
                 found.append(to)
                 break
     return found
