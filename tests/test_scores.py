@@ -159,7 +159,7 @@ def test_scoring_leaves_the_model_as_it_was(criterion: str) -> None:
 def test_additive_criteria_add_up_over_data() -> None:
     model = tiny("llama")
     groups = find_groups(model)
-    for criterion in scores.ADDITIVE:
+    for criterion in ("attribution", "fisher"):
         whole = score(model, groups, data("llama", 4), criterion=criterion)
         parts = [score(model, groups, data("llama", 4)[i::2], criterion=criterion) for i in (0, 1)]
         for name in whole:

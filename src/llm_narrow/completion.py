@@ -29,7 +29,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "domain": ("python", "python-stdlib", "python-github", "english"),
     "forget": ("python", "python-stdlib", "python-github", "english"),
     "criterion": ("ablation", "activation", "attribution", "fisher", "magnitude", "paper",
-                  "random", "wanda"),
+                  "random", "surgeon", "wanda"),
     "kinds": ("neurons", "heads", "experts", "vocabulary", "attention", "mlp", "layers"),
     "vocabulary": ("whole", "domain"),
     "allocation": ("uniform", "global", "joint"),

@@ -13,7 +13,7 @@ units, for ablation) and add up what they found, so that all get the same scores
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,10 @@ from .experts import See, fused, opened
 from .losses import CHUNK, FROZEN, Loss, language_loss
 from .processes import share, summed
 from .progress import Track, silent
+from .surgeon import bytes_of_sums, gathered, solved
 from .units import Group, Scores, Slice, norms
+
+Sums = dict[str, Tensor]  # what a criterion adds up over text
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,11 @@ def random(d: Data) -> Scores:
     return {g.name: o.clone() for g, o in zip(d.groups, order, strict=True)}
 
 
+def surgeon(d: Data) -> Scores:
+    """What the unit costs once the others were refitted to do its work, in nats (surgeon.py)."""
+    return solved(d, gathered(d))
+
+
 CRITERIA: dict[str, Callable[[Data], Scores]] = {
     "ablation": ablation,
     "activation": activation,
@@ -121,12 +129,19 @@ CRITERIA: dict[str, Callable[[Data], Scores]] = {
     "magnitude": magnitude,
     "paper": paper,
     "random": random,
+    "surgeon": surgeon,
     "wanda": wanda,
 }
+HALVED = 3  # times that sums are held at the most: of both halves, and of all
 GRADIENT_FREE = frozenset({"ablation", "activation", "magnitude", "random", "wanda"})
 WITHOUT_DATA = frozenset({"magnitude", "random"})
-# Sums over sequences: the scores of two halves of the data add up to those of the whole.
-ADDITIVE = frozenset({"attribution", "fisher"})
+# Made of sums over text, by which scores of all of it come from those of two halves: what is summed
+# up, and the scores that sums come to.
+SUMMED: dict[str, tuple[Callable[[Data], Sums], Callable[[Data, Sums], Scores]]] = {
+    "attribution": (attribution, lambda d, sums: sums),
+    "fisher": (fisher, lambda d, sums: sums),
+    "surgeon": (gathered, solved),
+}
 
 
 def score(
@@ -145,10 +160,44 @@ def score(
     it is, so a bfloat16 model is scored in bfloat16; sums are float32. Its weights, gradients and
     mode are left as they were. Raises UnknownName for the criterion.
     """
-    if criterion not in CRITERIA:
-        raise UnknownName("criterion", criterion, CRITERIA)
+    _check(criterion)
     with _frozen(model):
         return CRITERIA[criterion](Data(model, groups, batches, loss, seed, track))
+
+
+def score_halves(
+    model: Any,
+    groups: Sequence[Group],
+    halves: tuple[Sequence[Tensor], Sequence[Tensor]],
+    *,
+    criterion: str = "attribution",
+    loss: Loss = language_loss,
+    seed: int = 0,
+    track: Track = silent,
+) -> tuple[Scores, Scores, Scores]:
+    """The scores of all batches, and of each half of them; else as `score`.
+
+    Where a criterion is made of sums, each half is read once. Elsewhere all is read twice.
+    """
+    _check(criterion)
+    first, second = (Data(model, groups, half, loss, seed, track) for half in halves)
+    with _frozen(model):
+        if criterion not in SUMMED:
+            whole = replace(first, batches=[*halves[0], *halves[1]])
+            all_, one, two = (CRITERIA[criterion](d) for d in (whole, first, second))
+            return all_, one, two
+        add_up, solve = SUMMED[criterion]
+        sums = add_up(first)
+        one = solve(first, sums)
+        more = add_up(second)
+        two = solve(second, more)
+        whole_sums = {name: sums[name] + more[name] for name in sums}
+        return solve(first, whole_sums), one, two
+
+
+def _check(criterion: str) -> None:
+    if criterion not in CRITERIA:
+        raise UnknownName("criterion", criterion, CRITERIA)
 
 
 @contextlib.contextmanager
@@ -262,12 +311,13 @@ def memory_estimate(
     hidden = int(getattr(model.config, "hidden_size", widest))
     vocabulary = int(getattr(model.config, "vocab_size", 0))
     free = criterion in GRADIENT_FREE
+    sums = HALVED * bytes_of_sums(model, groups) if criterion == "surgeon" else 0
     logits = min(tokens, CHUNK if free else FROZEN) * vocabulary * (4 + 4 + entry)
     if free:
         return weights + logits + tokens * (4 * hidden + 3 * widest) * entry
     wide = sum(g.size * s.block for g in groups for s in g.reads)
     layers = len({g.name.rpartition(".")[0] for g in groups})
-    return weights + logits + tokens * (16 * hidden * layers + 3 * wide) * entry
+    return weights + sums + logits + tokens * (16 * hidden * layers + 3 * wide) * entry
 
 
 def write(path: Path, scores: Scores, made_by: Mapping[str, object]) -> None:

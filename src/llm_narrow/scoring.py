@@ -139,21 +139,17 @@ def _score(inputs: Inputs, recipe: Recipe, blocks: Blocks, track: Track) -> Scor
     if inputs.bf16:  # a copy, since autocast would cast the frozen weights anew for every batch
         model = copied(model, torch.bfloat16)
 
-    def of(part: Blocks) -> Scores:
-        return scores.score(
-            model,
-            inputs.groups,
-            part.batches(recipe.blocks.batch_size),
-            criterion=recipe.score.criterion,
-            seed=recipe.seed,
-            track=track,
-        )
-
-    first, second = (of(half) for half in blocks.halves())
-    if recipe.score.criterion in scores.ADDITIVE:
-        held = {name: first[name] + second[name] for name in first}
-    else:
-        held = of(blocks)
+    size = recipe.blocks.batch_size
+    first_half, second_half = (half.batches(size) for half in blocks.halves())
+    held, first, second = scores.score_halves(
+        model,
+        inputs.groups,
+        (first_half, second_half),
+        criterion=recipe.score.criterion,
+        seed=recipe.seed,
+        track=track,
+    )
+    held = dict(held)
     for half, found in zip(HALVES, (first, second), strict=True):
         held |= {half + name: values for name, values in found.items()}
     return held
