@@ -238,16 +238,20 @@ def test_decode_times_what_llama_cpp_runs(
              "report": False}  # fmt: skip
     llm_narrow.prune(**given, sparsity=0.5, out=tmp_path / "half")
     decode, options = script("decode")
-    decode.main([*options, "--runs", str(tmp_path / "half"), "--tokens", "8", "--turns", "3"])
-    whole, half = written(tmp_path)["rows"]
-    assert half["bytes"] < whole["bytes"] and half["name"] == "half"
-    for row in (whole, half):
-        assert len(row["speeds"]) == 3 and min(row["speeds"]) > 0
-        share = row["bytes"] / whole["bytes"]
-        pairs = zip(row["speeds"], whole["speeds"], strict=True)
-        assert row["of_limit"] == pytest.approx(sorted(a / b * share for a, b in pairs))
+    decode.main([*options, "--runs", str(tmp_path / "half"), "--tokens", "8", "--turns", "3",
+                 "--quantize", "f32,f16"])  # fmt: skip
+    found = written(tmp_path)["rows"]
+    for kind, whole, half in (("f32", *found[:2]), ("f16", *found[2:])):
+        assert half["bytes"] < whole["bytes"] and half["name"] == "half"
+        for row in (whole, half):
+            assert row["quantize"] == kind
+            assert len(row["speeds"]) == 3 and min(row["speeds"]) > 0
+            share = row["bytes"] / whole["bytes"]
+            pairs = zip(row["speeds"], whole["speeds"], strict=True)
+            assert row["of_limit"] == pytest.approx(sorted(a / b * share for a, b in pairs))
     table = (tmp_path / "docs" / "result.md").read_text("utf-8").splitlines()
-    assert table[3].startswith(f"| half | llama | {half['bytes']:,} |")
+    assert table[3].startswith(f"| half | f32 | llama | {found[1]['bytes']:,} |")
+    assert table[5].startswith(f"| half | f16 | llama | {found[3]['bytes']:,} |")
 
 
 def test_performance_is_told_in_ratios(
