@@ -1,6 +1,7 @@
 """One budget over all kinds, as `prune --allocation joint` spends it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from commands import refused
-from llm_narrow import checkpoint, lora, training
+from llm_narrow import beside, checkpoint, lora, training
 from llm_narrow.cost import flops_per_token
 from llm_narrow.families import find_groups
 
@@ -161,3 +162,66 @@ def test_layers_stay_as_told(prune: Any) -> None:
         "the floor is 2 layers",
     )
     refused(prune(*JOINT, "--kinds", "layers", "--target-kv-cache", "9MB"), "above the")
+
+
+AUTO = ["--kinds", "vocabulary,neurons", "--vocabulary-threshold", "auto"]
+
+
+def test_the_budget_buys_its_share_of_the_vocabulary(prune: Any, tmp_path: Path) -> None:
+    """The threshold is that which saves nearest to what was bought, and is the one trimmed by."""
+    done = prune(*JOINT, *AUTO, "--target-params", "66%")
+    assert done.code == 0, done.err
+    facts = told(tmp_path / "run")
+    priced = facts["vocabulary_priced"]
+    assert priced["bought"] > 0
+    settings = {o["setting"].rpartition(" ")[2]: o["parameters"] for o in priced["options"]}
+    nearest = min(settings, key=lambda name: abs(settings[name] - priced["bought"]))
+    assert abs(settings[nearest] - priced["bought"]) < priced["bought"]
+    assert str(facts["vocabulary"]["threshold"]) == nearest
+    narrow = checkpoint.load(tmp_path / "run/model")
+    assert sum(p.numel() for p in narrow.parameters()) <= 0.66 * facts["model"]["parameters"]
+    again = json.loads(json.dumps(facts["recipe"]))
+    assert again["prune"]["vocabulary_threshold"] == "auto"
+
+
+@pytest.mark.parametrize(("price", "goes"), [(50.0, False), (0.0, True)])
+def test_what_tokens_cost_beside_neurons_decides(
+    prune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, price: float, goes: bool
+) -> None:
+    real = beside.options
+
+    def options(*args: Any, **given: Any) -> Any:
+        found, refused_ = real(*args, **given)
+        return tuple(replace(option, increase=price) for option in found), refused_
+
+    monkeypatch.setattr(beside, "options", options)
+    done = prune(*JOINT, *AUTO, "--target-params", "85%")
+    assert done.code == 0, done.err
+    facts = told(tmp_path / "run")
+    assert ("vocabulary" in facts) == goes
+    assert ("it stays whole" in done.err) != goes
+    if goes:  # nearly all that can be bought, since it is for nothing
+        most = max(o["parameters"] for o in facts["vocabulary_priced"]["options"])
+        assert facts["vocabulary_priced"]["bought"] > 0.9 * most
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--kinds", "vocabulary,neurons", "--target-params", "60%"),
+        ("--kinds", "neurons", "--allocation", "joint", "--target-params", "60%"),
+        ("--kinds", "vocabulary", "--allocation", "joint", "--target-params", "60%"),
+    ],
+)
+def test_auto_needs_something_to_weigh_the_vocabulary_against(
+    prune: Any, flags: tuple[str, ...]
+) -> None:
+    refused(prune(*flags, "--vocabulary-threshold", "auto"), "weighs tokens against units")
+
+
+def test_a_threshold_that_is_no_number_is_refused(prune: Any) -> None:
+    for given in ("0", "some"):
+        refused(
+            prune("--kinds", "vocabulary", "--target-params", "60%", "--vocabulary-threshold",
+                  given), "must be a whole number of at least 1, or auto, got",
+        )  # fmt: skip

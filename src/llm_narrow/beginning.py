@@ -1,15 +1,15 @@
 """What a run begins from: the model without what goes before units are looked at, and scores."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from . import contrast, inputs, joint, report, scoring, show, thinning, trimming
+from . import contrast, inputs, report, scoring, show, thinning, trimming, vocabulary_budget
 from .blocks import Blocks
-from .budget import Amounts
+from .budget import Amounts, amounts
 from .cost import size
 from .inputs import Inputs
 from .manifest import Clock
@@ -36,6 +36,7 @@ class Begun:
     scored: Scored | None
     parameters: int
     loaded: Amounts | None
+    told: Mapping[str, Any] = field(default_factory=dict)  # more for the manifest
 
 
 def begun(
@@ -50,9 +51,23 @@ def begun(
         start = inputs.gather(recipe, track=track)
         model = start.loaded.model
         parameters = size(model).parameters
-        loaded = joint.amounts(model) if recipe.prune.allocation == "joint" else None
-    cut = None
-    if recipe.prune.vocabulary == "domain":
+        loaded = amounts(model) if recipe.prune.allocation == "joint" else None
+    cut, told = None, {}
+    trims = recipe.prune.vocabulary == "domain"
+    if recipe.prune.vocabulary_threshold == "auto":
+        assert loaded is not None  # auto asks for a joint budget
+        blocks = inputs.calibration(start, recipe, track=track)
+        units = {}
+        if start.groups:
+            units = _scores(recipe, file, start, blocks, console, track, clock).scores
+        with clock.stage("price the vocabulary"):
+            found = vocabulary_budget.settled(
+                recipe, start, units, loaded, console=console, track=track
+            )
+        trims, told = found.threshold is not None, {"vocabulary_priced": found.facts}
+        recipe = recipe.with_threshold(found.threshold or 1)
+        console.print(show.bought(found.threshold, found.facts))
+    if trims:
         with clock.stage("trim the vocabulary"):
             start, cut = trimming.trimmed(start, recipe, track=track)
         console.print(show.vocabulary(cut.facts))
@@ -74,7 +89,7 @@ def begun(
     scored = None
     if start.groups:
         scored = _scores(recipe, file, start, blocks, console, track, clock)
-    return Begun(start, cut, thin, blocks, scored, parameters, loaded)
+    return Begun(start, cut, thin, blocks, scored, parameters, loaded, told)
 
 
 def _scores(

@@ -4,20 +4,20 @@ Each is offered at a few settings of `prune`, carried out on a copy of the whole
 on ten times as much text as everything else in the price list: there are few of them, and what
 tokens that are gone cost hangs on the few places where they come up. Query heads are refitted, as
 `prune` does it; channels are not. They go before a budget is spent on units, so they are chosen by
-name rather than bought.
+name; of the vocabulary alone a budget can buy its share (vocabulary_budget.py).
 """
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from . import channels, joint, measure, queries, scoring, trimming
+from . import channels, measure, queries, scoring, trimming
 from .blocks import Blocks
-from .budget import Amounts
+from .budget import Amounts, amounts
 from .errors import BadInput
 from .inputs import Inputs
 from .progress import Track, silent
@@ -46,6 +46,7 @@ class Option:
     whole: int
     saves: Amounts
     increase: float
+    threshold: int | None = None  # of the vocabulary
 
     def facts(self) -> dict[str, Any]:
         """What `--json` prints."""
@@ -81,6 +82,12 @@ def options(
     return tuple(found), refused
 
 
+def check(refused: Mapping[str, str]) -> None:
+    """Raise BadInput with why the first of the kinds that `options` refused cannot go."""
+    for why in refused.values():
+        raise BadInput(why)
+
+
 def _vocabulary(
     start: Inputs, recipe: Recipe, ground: "Ground", _: Blocks, track: Track
 ) -> Iterator[Option]:
@@ -101,10 +108,11 @@ def _vocabulary(
         seen.add(left)
         text = cut.translated(ground.wide, now)
         ids = hashlib.sha256(cut.new_ids.numpy().tobytes()).hexdigest()[:16]
-        yield _option(
+        priced = _option(
             start, ground, "vocabulary", f"--kinds vocabulary --vocabulary-threshold {threshold}",
             (left, rows), now.loaded.model, text, f"vocabulary {left} {ids}",
         )  # fmt: skip
+        yield replace(priced, threshold=threshold)
 
 
 def _query_heads(
@@ -150,7 +158,7 @@ def _option(
     whole = _nats(start, ground, "whole", start.loaded.model, ground.wide)
     targets = ground.wide.tokens.numel() - len(ground.wide.tokens)
     increase = (_nats(start, ground, name, narrow, blocks) - whole) / targets
-    saves = joint.amounts(start.loaded.model) - joint.amounts(narrow)
+    saves = amounts(start.loaded.model) - amounts(narrow)
     return Option(kind, setting, *left, saves, increase)
 
 

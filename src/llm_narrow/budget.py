@@ -20,7 +20,7 @@ from .cost import (
     is_matrix,
     size,
 )
-from .depth import Layer, counted
+from .depth import Layer, counted, layers_of
 from .units import KINDS, ROUTED, Group, Params, remove
 
 PricedKind = Literal["neurons", "heads", "experts", "attention", "mlp", "layers"]
@@ -140,6 +140,13 @@ class Ledger:
             if alive[layer.number]:
                 found += self.of(layer.number, kept)
         return found
+
+
+def amounts(model: Any) -> Amounts:
+    """What the model has of everything that a budget may limit."""
+    layers = layers_of(model)
+    sizes = {g.name: g.size for layer in layers for g in layer.groups}
+    return ledger(model, layers).total(sizes, [True] * len(layers))
 
 
 def ledger(

@@ -16,9 +16,9 @@ from rich.console import Console
 from . import contrast, pricing, processes
 from . import recipe as recipes
 from .blocks import Blocks
-from .budget import Amounts, ledger
+from .budget import Amounts, amounts
 from .decision import Decision, carry_out
-from .depth import layers_of, shortened
+from .depth import shortened
 from .errors import BadInput, TargetOutOfReach
 from .inputs import Inputs
 from .plan import Plan
@@ -31,13 +31,6 @@ from .sections import target_bytes
 from .spend import spend
 from .spend_even import spend_even
 from .units import Group, Keep, Scores
-
-
-def amounts(model: Any) -> Amounts:
-    """What the model has of everything that a budget may limit."""
-    layers = layers_of(model)
-    sizes = {g.name: g.size for layer in layers for g in layer.groups}
-    return ledger(model, layers).total(sizes, [True] * len(layers))
 
 
 def limits(recipe: Recipe, model: Any, loaded: Amounts) -> dict[str, float]:
@@ -67,6 +60,15 @@ def limits(recipe: Recipe, model: Any, loaded: Amounts) -> dict[str, float]:
     return {r: value for r, (_, value) in asked.items() if value < getattr(now, r)}
 
 
+def check_alone() -> None:
+    """Raise BadInput on several processes."""
+    if processes.count() > 1:
+        raise BadInput(
+            "prune.allocation joint prices in one process. Start it without torchrun, or choose "
+            "uniform or global."
+        )
+
+
 def planned(
     recipe: Recipe, start: Inputs, scores: Scores, wanted: Mapping[str, float], parameters: int,
     *, console: Console, track: Track,
@@ -78,11 +80,7 @@ def planned(
     Losses that were measured before are taken from the cache, so that the same call goes on after
     a stop. Raises TargetOutOfReach, and BadInput on several processes.
     """
-    if processes.count() > 1:
-        raise BadInput(
-            "prune.allocation joint prices in one process. Start it without torchrun, or choose "
-            "uniform or global."
-        )
+    check_alone()
     p = recipe.prune
     kinds = (*p.chosen_kinds, *p.parts)
     console.print(f"Pricing {' and '.join(kinds)} by removing some of them")

@@ -72,7 +72,10 @@ OPTIONS: dict[str, Any] = {
     "forget_refit": _number("How much the refit unlearns them; 0.03 unless given."),
     "kinds": _text("What may go: neurons, heads, experts, vocabulary, attention, mlp, layers."),
     "vocabulary": _text("whole, or domain: the tokens that the domain does not use go first."),
-    "vocabulary_threshold": _whole("How often a token has to come up in the text to stay."),
+    "vocabulary_threshold": _text(
+        "How often a token has to come up in the text to stay; auto: as a joint budget buys.",
+        metavar="NUMBER|auto",
+    ),
     "sparsity": _text("Share to remove: 0.5 (the default), or e.g. neurons=0.5,heads=0.2."),
     "target_params": _text("Parameters to keep instead: 60%, 90M, a number, or several: 80%,60%."),
     "target_size": _text("Bytes of weights to keep: 200MB, 1.5GiB, 60%."),

@@ -95,6 +95,11 @@ class Recipe(Section):
                 )
         return self
 
+    def with_threshold(self, threshold: int) -> "Recipe":
+        """The same with a threshold of the vocabulary that is settled."""
+        prune = self.prune.model_copy(update={"vocabulary_threshold": threshold})
+        return self.model_copy(update={"prune": prune})
+
     @property
     def trains(self) -> bool:
         """Whether weights are trained, before the removal or after."""

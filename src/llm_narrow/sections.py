@@ -26,6 +26,7 @@ Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$
 Target = Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)?(%|[kKmMbB])?$")]
 Bytes = Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)?(%|([kKmMgG][iI]?)?[bB])$")]
 Count = Annotated[int, BeforeValidator(lambda value: counted(value))]
+Times = Annotated[int, Field(ge=1), BeforeValidator(lambda value: counted(value))]
 Names = Annotated[tuple[Text, ...] | None, BeforeValidator(lambda value: listed(value))]
 TOKENS = "a whole number of at least 1 token; 200k and 1M are understood"
 MULTIPLES = {"k": 1e3, "m": 1e6, "b": 1e9}
@@ -153,7 +154,9 @@ class Prune(Section):
         description="one or more of neurons, heads, experts, attention, mlp, layers, vocabulary",
     )
     vocabulary: Literal["whole", "domain"] = "whole"
-    vocabulary_threshold: int = Field(2, ge=1, description="a whole number of at least 1")
+    vocabulary_threshold: Times | Literal["auto"] = Field(
+        2, description="a whole number of at least 1, or auto"
+    )
     allocation: Literal["uniform", "global", "joint"] = "uniform"
     layout: Literal["auto", "padded"] = "auto"
     multiple: int = Field(8, ge=1, description="a whole number of at least 1")
@@ -191,6 +194,14 @@ class Prune(Section):
         if self.kinds == () and self.vocabulary == "whole":
             raise ValueError("prune.kinds must be one or more of neurons, heads, experts, "
                              "attention, mlp, layers, vocabulary, got none")  # fmt: skip
+        if self.vocabulary_threshold == "auto" and not (
+            self.allocation == "joint" and self.vocabulary == "domain"
+            and (self.chosen_kinds or self.parts)
+        ):  # fmt: skip
+            raise ValueError(
+                "prune.vocabulary_threshold auto weighs tokens against units: it needs "
+                "prune.allocation joint, and the vocabulary and another kind in prune.kinds"
+            )
         targets = self.targets
         if self.sparsity is not None and targets:
             raise ValueError(f"give either prune.sparsity or prune.{next(iter(targets))}, not both")

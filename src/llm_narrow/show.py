@@ -67,6 +67,16 @@ def vocabulary(facts: Mapping[str, Any]) -> str:
     )
 
 
+def bought(threshold: int | None, facts: Mapping[str, Any]) -> str:
+    """Which threshold of the vocabulary the budget comes to."""
+    if threshold is None:
+        return "At these prices the budget buys no token of the vocabulary: it stays whole."
+    return (
+        f"The budget buys tokens of {facts['bought']:,.0f} parameters, for about "
+        f"{facts['expected']:+.3f} nats/token: those seen fewer than {threshold} times go."
+    )
+
+
 def query_heads(facts: Mapping[str, Any]) -> str:
     """How many query heads stay of each key/value head, and what that saves."""
     saved = facts["parameters_before"] - facts["parameters"]

@@ -114,6 +114,7 @@ def prune(
             **({"layers_gone": plan.layers_gone} if plan.layers_gone else {}),
             **({"vocabulary": cut.facts} if cut else {}),
             **found.thin,
+            **found.told,
         }
         if run is None:
             facts["forecast"] = [asdict(p) for p in forecast.forecast(recipe, start, plan, blocks)]

@@ -68,7 +68,10 @@ def chosen(
     there = vocabulary_rows.rows_of(model)
     packed = [inputs.blocks_of(loaded, start.domain, c, recipe, track=track) for c in counted_in]
     counted = torch.stack([vocabulary.counts(blocks, old) for blocks in packed]).sum(0)
-    threshold = p.vocabulary_threshold if rows is None else 1
+    threshold = 1
+    if rows is None:
+        assert p.vocabulary_threshold != "auto"  # it is settled by now
+        threshold = p.vocabulary_threshold
     while True:
         used = vocabulary.used(counted, threshold)
         closed = vocabulary.closure(old, used, named=vocabulary_rows.named_ids(model))
