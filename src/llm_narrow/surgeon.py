@@ -106,14 +106,16 @@ class _Reader:
 
     @classmethod
     def of(cls, weight: Tensor, square: Tensor, metric: Tensor, block: int) -> "_Reader":
-        def damped(matrix: Tensor, share: float) -> Tensor:
+        def factor(matrix: Tensor, share: float) -> Tensor:
+            matrix = _exact(matrix)
             ridge = share * matrix.diagonal().mean().clamp_min(1e-20)
-            return matrix + ridge * torch.eye(len(matrix), device=matrix.device)
+            lower: Tensor = torch.linalg.cholesky(
+                matrix + ridge * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+            )
+            return lower
 
-        lower: Tensor = torch.linalg.cholesky(damped(square, DAMPING).double())
-        inverse = torch.cholesky_inverse(lower).float()
-        root: Tensor = torch.linalg.cholesky(damped(metric, 1e-4).double()).float()
-        return cls(inverse, weight.float() @ root, block)
+        inverse = torch.cholesky_inverse(factor(square, DAMPING))
+        return cls(inverse, _exact(weight) @ factor(metric, 1e-4), block)
 
     def costs(self) -> Tensor:
         """What each unit adds if it goes next, (n,)."""
@@ -138,6 +140,11 @@ class _Reader:
         own = self.inverse[u][:, u]
         self.weight = self.weight[r] - across @ torch.linalg.solve(own, self.weight[u])
         self.inverse = self.inverse[r][:, r] - across @ torch.linalg.solve(own, across.T)
+
+
+def _exact(matrix: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none: an inverse carried on loses digits."""
+    return (matrix.cpu() if matrix.device.type == "mps" else matrix).double()
 
 
 def _eliminated(size: int, readers: Sequence[_Reader]) -> Tensor:
