@@ -138,3 +138,12 @@ def test_the_memory_estimate_counts_what_is_summed_up() -> None:
         for c in ("attribution", "surgeon")
     )
     assert own - plain == 3 * surgeon.bytes_of_sums(model, groups)
+
+
+def test_a_damaged_matrix_shows_in_its_scores() -> None:
+    """`scoring` refuses such scores with the name of the matrix."""
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    found = score(model, find_groups(model), [batch("llama")], criterion="surgeon")
+    assert bool(found["model.layers.1.mlp"].isnan().all())

@@ -18,6 +18,7 @@ with the square of the width. They add up over text and processes.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -65,15 +66,15 @@ def gathered(d: "Data") -> Sums:
 
 
 def solved(d: "Data", sums: Mapping[str, Tensor]) -> Scores:
-    """The scores that the sums come to, (size,) float32 each."""
+    """The scores that the sums come to, (size,) float32 each; not finite where the sums are not."""
     tokens = max(float(sums["tokens"]), 1.0)
     scores = {}
     for g in d.track(d.groups, "taking units away"):
-        readers = []
-        for s in g.reads:
-            readers.append(
-                _Reader.of(_matrix(d.model, g, s), sums[_square(g, s)], sums[_metric(s)], s.block)
-            )
+        parts = [(_matrix(d.model, g, s), sums[_square(g, s)], sums[_metric(s)]) for s in g.reads]
+        if not all(bool(matrix.isfinite().all()) for part in parts for matrix in part):
+            scores[g.name] = torch.full((g.size,), math.nan)
+            continue
+        readers = [_Reader.of(*part, s.block) for part, s in zip(parts, g.reads, strict=True)]
         scores[g.name] = (_eliminated(g.size, readers) / (2 * tokens)).float().cpu()
     return scores
 
