@@ -27,10 +27,8 @@ from .experts import See, fused, opened
 from .losses import CHUNK, FROZEN, Loss, language_loss
 from .processes import share, summed
 from .progress import Track, silent
-from .surgeon import bytes_of_sums, gathered, solved
+from .surgeon import Sums, bytes_of_sums, gathered, solved
 from .units import Group, Scores, Slice, norms
-
-Sums = dict[str, Tensor]  # what a criterion adds up over text
 
 
 @dataclass(frozen=True)

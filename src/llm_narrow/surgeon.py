@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 DAMPING = 0.01  # of the mean of the diagonal of A, as in the refit
 TURNS = 96  # in which a group's units are taken away, at most
 RISE = 1e-6  # share by which a unit is dearer than the one before it at least, so that order shows
-Sums = dict[str, Tensor]
+Sums = dict[str, Tensor]  # what a criterion adds up over text
 
 
 def gathered(d: "Data") -> Sums:
